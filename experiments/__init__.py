@@ -1,0 +1,1 @@
+"""Binaries: `python -m giantsteps.experiments.train --help` and so on."""

@@ -1,0 +1,1 @@
+"""What the binaries share: configs, data, checkpoints, the training loop."""

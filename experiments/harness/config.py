@@ -1,0 +1,444 @@
+"""What one run is: frozen dataclasses, overrides from the command line, JSON.
+
+A config is a Python module in experiments/configs with `get_config()`. Its
+fields are set by `--set a.b=c`, read by their annotated types. The same tree is
+written to config.json in the work folder, and a run in that folder with another
+config is refused. Everything that can be wrong here is an `InputError`: one
+line that holds the bad value and the fix.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import json
+import math
+import pkgutil
+import types
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, TypeVar
+
+from giantsteps import models
+from giantsteps.experiments import configs
+
+Tree = TypeVar("Tree")
+
+
+class InputError(ValueError):
+  """A user's mistake, said in one line; binaries print it and exit with 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """Where the rows come from.
+
+  Attributes:
+    source: digits, stdlib, npz:PATH, text:PATH or zarr:PATH.
+    seq_len: tokens per row, for sources of tokens.
+    held_out: fraction that is never trained on (digits: one half, always).
+  """
+
+  source: str = "digits"
+  seq_len: int = 256
+  held_out: float = 0.08
+
+
+@dataclasses.dataclass(frozen=True)
+class Optim:
+  """The optimizer and its schedule.
+
+  Attributes:
+    name: which transform.
+    learning_rate: peak of the schedule.
+    schedule: its shape after the warmup, from the peak to end_factor * peak.
+    warmup: steps of linear rise from 0.
+    end_factor: last rate / peak.
+    b1, b2: decay of the moments.
+    eps: added to the root of the second moment.
+    weight_decay: decoupled, per step and unit of rate.
+    clip_norm: largest global norm of the gradient; 0 does not clip.
+  """
+
+  name: Literal["lamb", "adamw", "muon"] = "lamb"
+  learning_rate: float = 1e-2
+  schedule: Literal["constant", "cosine", "linear"] = "cosine"
+  warmup: int = 0
+  end_factor: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-6
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One run of `train`.
+
+  Attributes:
+    task: what is learned: a velocity, masked tokens or the next token.
+    model: the `Config` of a module of giantsteps.models; its type names the
+      network.
+    data, optim: see there.
+    seed: of parameters, batches and noise.
+    steps: updates in all.
+    batch_size: rows per update, all micro-batches and devices together.
+    accumulate: micro-batches per update; divides batch_size.
+    steps_per_dispatch: updates per call of the compiled program.
+    ema_decay: of the averaged parameters; 0: they are the parameters.
+    log_every: steps between two lines of metrics.
+    eval_every: steps between two evaluations; 0: at the end only.
+    checkpoint_every: steps between two checkpoints; 0: at the end only.
+    keep: newest checkpoints that stay.
+    keep_every: checkpoints of a multiple of this step stay too; 0: none.
+    max_skipped: non-finite updates in a row that stop the run.
+  """
+
+  task: Literal["flow", "masked", "autoregressive"]
+  model: Any
+  data: Data = Data()
+  optim: Optim = Optim()
+  seed: int = 0
+  steps: int = 2_000
+  batch_size: int = 256
+  accumulate: int = 1
+  steps_per_dispatch: int = 1
+  ema_decay: float = 0.999
+  log_every: int = 50
+  eval_every: int = 0
+  checkpoint_every: int = 500
+  keep: int = 2
+  keep_every: int = 0
+  max_skipped: int = 20
+
+
+def names() -> list[str]:
+  """The configs that exist, sorted."""
+  return _modules(configs.__path__)
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Any:
+  """The config `name` with `overrides` applied and checked.
+
+  Args:
+    name: a module of experiments/configs.
+    overrides: strings "a.b=c"; of two for one field the later one counts.
+
+  Raises:
+    InputError: if the config or a field does not exist, a value has the wrong
+      type, or the result could not be run.
+  """
+  if name not in names():
+    raise InputError(f"unknown config {_show(name)}: {_choices(name, names())}")
+  module = importlib.import_module(f"{configs.__name__}.{name}")
+  cfg = override(module.get_config(), overrides)
+  validate(cfg)
+  return cfg
+
+
+def override(tree: Tree, overrides: Iterable[str]) -> Tree:
+  """Sets the fields of a tree of frozen dataclasses, all of them at once.
+
+  Args:
+    tree: a dataclass whose fields are dataclasses, int, float, bool, str,
+      Literal, tuple[X, ...] or one of these `| None`.
+    overrides: strings "a.b=c".
+
+  Raises:
+    InputError: as in `load`; also if the dataclass itself refuses the value.
+  """
+  changes = {}  # nested: one dictionary per dataclass that changes
+  for text in overrides:
+    path, equals, value = text.partition("=")
+    if not equals:
+      raise InputError(f"--set {_show(text)}: no '=', write field.field=value")
+    node, inner, keys = tree, changes, path.strip().split(".")
+    for depth, key in enumerate(keys):
+      here, last = ".".join(keys[: depth + 1]), depth == len(keys) - 1
+      _check_field(node, key, here)
+      child = getattr(node, key)
+      if dataclasses.is_dataclass(child) == last:
+        raise InputError(_depth_message(child, here, text))
+      if last:
+        hint = typing.get_type_hints(type(node))[key]
+        inner[key] = _parse(hint, value, here)
+      else:
+        node, inner = child, inner.setdefault(key, {})
+  return _replace(tree, changes, "")
+
+
+def validate(cfg: Config) -> None:
+  """Raises InputError, with the field and its value, if `cfg` cannot run."""
+  flat = _flatten(cfg)
+  _check_tree(cfg, "")
+  for path, (low, high) in _RANGES.items():
+    if not low <= flat[path] < high:
+      wanted = f"in [{low}, {high})" if high < _LARGE else f"{low} or more"
+      wanted += "" if flat[path] < _LARGE else " and below 2**31"
+      raise InputError(f"{path}={flat[path]}: must be {wanted}")
+  for path, value in flat.items():
+    if path.startswith("model.") and type(value) is int and value < 0:
+      raise InputError(f"{path}={value}: must not be negative")
+  if not 0 <= cfg.optim.end_factor <= 1:
+    raise InputError(
+      f"optim.end_factor={cfg.optim.end_factor}: must be in [0, 1]"
+    )
+  if not 0 < cfg.data.held_out < 1:
+    raise InputError(f"data.held_out={cfg.data.held_out}: must be in (0, 1)")
+  if cfg.batch_size % cfg.accumulate:
+    raise InputError(
+      f"batch_size={cfg.batch_size}: not a multiple of "
+      f"accumulate={cfg.accumulate}"
+    )
+
+
+_LARGE = 2**31  # counters are int32
+_RANGES = {  # low <= value < high
+  "steps": (1, _LARGE),
+  "batch_size": (1, _LARGE),
+  "accumulate": (1, _LARGE),
+  "steps_per_dispatch": (1, _LARGE),
+  "log_every": (1, _LARGE),
+  "keep": (1, _LARGE),
+  "max_skipped": (1, _LARGE),
+  "data.seq_len": (1, _LARGE),
+  "seed": (0, _LARGE),
+  "eval_every": (0, _LARGE),
+  "checkpoint_every": (0, _LARGE),
+  "keep_every": (0, _LARGE),
+  "optim.warmup": (0, _LARGE),
+  "optim.learning_rate": (0, _LARGE),
+  "optim.eps": (0, _LARGE),
+  "optim.weight_decay": (0, _LARGE),
+  "optim.clip_norm": (0, _LARGE),
+  "optim.b1": (0, 1),
+  "optim.b2": (0, 1),
+  "ema_decay": (0, 1),
+}
+
+
+def to_json(cfg: Any) -> dict:
+  """The tree as plain JSON; the model carries its module's name as "kind"."""
+  out = {}
+  for field in dataclasses.fields(cfg):
+    value = getattr(cfg, field.name)
+    if dataclasses.is_dataclass(value):
+      kind = type(value).__module__.rpartition(".")[2]
+      head = {"kind": kind} if field.name == "model" else {}
+      out[field.name] = head | to_json(value)
+    else:
+      out[field.name] = list(value) if isinstance(value, tuple) else value
+  return out
+
+
+def from_json(data: Any) -> Config:
+  """The inverse of `to_json`, checked like a command line.
+
+  Raises:
+    InputError: for fields that are unknown, missing or of a wrong type.
+  """
+  cfg = _build(Config, data, "")
+  validate(cfg)
+  return cfg
+
+
+def differences(a: Config, b: Config) -> list[str]:
+  """Fields that differ, "path: value here, value in the work folder".
+
+  Args:
+    a: the config of the command line ("here").
+    b: the config of the work folder.
+  """
+  here, there = _flatten(a), _flatten(b)
+  paths = [*here, *(path for path in there if path not in here)]
+  say = lambda flat, path: _show(flat[path]) if path in flat else "absent"
+  return [
+    f"{path}: {say(here, path)} here, {say(there, path)} in the work folder"
+    for path in paths
+    if say(here, path) != say(there, path)
+  ]
+
+
+def _flatten(cfg: Any) -> dict[str, Any]:
+  """{"optim.learning_rate": 0.01, ...}, in the order of the fields."""
+
+  def walk(node, prefix):
+    for key, value in node.items():
+      if isinstance(value, dict):
+        yield from walk(value, f"{prefix}{key}.")
+      else:
+        yield prefix + key, value
+
+  return dict(walk(to_json(cfg), ""))
+
+
+def _modules(path: Iterable[str]) -> list[str]:
+  found = (m.name for m in pkgutil.iter_modules(path) if not m.ispkg)
+  return sorted(name for name in found if not name.startswith("_"))
+
+
+def _check_field(node: Any, key: str, path: str) -> None:
+  fields = [field.name for field in dataclasses.fields(node)]
+  if key not in fields:
+    raise InputError(f"unknown field {_show(path)}: {_choices(key, fields)}")
+
+
+def _depth_message(child: Any, path: str, text: str) -> str:
+  if not dataclasses.is_dataclass(child):
+    return f"--set {_show(text)}: {path} is a value and has no fields"
+  fields = ", ".join(f"{path}.{f.name}" for f in dataclasses.fields(child))
+  return f"--set {_show(text)}: {path} is a group, set one of {fields}"
+
+
+def _check_tree(node: Any, prefix: str) -> None:
+  """Checks what `_build` would, for a tree that was made by Python code."""
+  for name, hint in typing.get_type_hints(type(node)).items():
+    value = getattr(node, name)
+    if dataclasses.is_dataclass(value):
+      _check_tree(value, f"{prefix}{name}.")
+    else:
+      _check_type(hint, value, prefix + name)
+
+
+def _replace(node: Any, changes: dict, prefix: str) -> Any:
+  new = {}
+  for key, value in changes.items():
+    child = getattr(node, key)
+    group = dataclasses.is_dataclass(child)
+    new[key] = _replace(child, value, f"{prefix}{key}.") if group else value
+  old = {
+    field.name: getattr(node, field.name) for field in dataclasses.fields(node)
+  }
+  return _construct(type(node), old | new, prefix)
+
+
+def _construct(kind: type, values: dict, prefix: str) -> Any:
+  """kind(**values); what its own checks refuse becomes an InputError."""
+  try:
+    return kind(**values)
+  except InputError:
+    raise
+  except (ValueError, TypeError) as error:
+    where = prefix.rstrip(".") or "config"
+    said = " ".join(str(error).split())
+    raise InputError(f"{where}: {said}") from error
+
+
+def _build(kind: type, data: Any, prefix: str) -> Any:
+  where = prefix.rstrip(".") or "config.json"
+  if not isinstance(data, dict):
+    raise InputError(f"{where}: wants an object, got {_show(data)}")
+  hints, values = typing.get_type_hints(kind), {}
+  fields = [field.name for field in dataclasses.fields(kind)]
+  for key in data:
+    if key not in fields:
+      path = prefix + str(key)
+      raise InputError(f"unknown field {_show(path)}: {_choices(key, fields)}")
+  for key in fields:
+    path, hint = prefix + key, hints[key]
+    if key not in data:
+      raise InputError(f"{where}: field {path!r} is missing, was it edited?")
+    if hint is Any:
+      inner, rest = _model(data[key], path)
+      values[key] = _build(inner, rest, f"{path}.")
+    elif dataclasses.is_dataclass(hint):
+      values[key] = _build(typing.cast(type, hint), data[key], f"{path}.")
+    else:
+      values[key] = _check_type(hint, data[key], path)
+  return _construct(kind, values, prefix)
+
+
+def _model(data: Any, path: str) -> tuple[type, dict]:
+  """The dataclass that `data["kind"]` names, and the rest of `data`."""
+  kinds = _modules(models.__path__)
+  if not isinstance(data, dict) or "kind" not in data:
+    raise InputError(f"{path}: wants an object with the field 'kind'")
+  kind = data["kind"]
+  config = None
+  if kind in kinds:
+    module = importlib.import_module(f"{models.__name__}.{kind}")
+    config = getattr(module, "Config", None)
+  if config is None:
+    raise InputError(
+      f"{path}.kind={_show(kind)}: no such model, {_choices(kind, kinds)}"
+    )
+  return config, {k: v for k, v in data.items() if k != "kind"}
+
+
+def _parse(hint: Any, text: str, path: str) -> Any:
+  """Reads the text of an override as a value of type `hint`."""
+  plain = text.strip()
+  options = _options(hint)
+  if type(None) in options and plain.lower() in ("none", "null"):
+    return None
+  for option in options:
+    if option is str or typing.get_origin(option) is Literal:
+      return _check_type(hint, plain, path)
+    if option is bool and plain.lower() in ("true", "false"):
+      return plain.lower() == "true"
+    if option in (int, float):
+      try:
+        return _check_type(hint, option(plain), path)
+      except InputError:
+        raise
+      except ValueError:
+        continue
+    if typing.get_origin(option) is tuple:
+      inside = plain.strip("()[]").strip().rstrip(",")
+      item = typing.get_args(option)[0]
+      parts = inside.split(",") if inside else []
+      return tuple(_parse(item, part, path) for part in parts)
+  raise InputError(f"{path}={_show(plain)}: wants {_describe(hint)}")
+
+
+def _check_type(hint: Any, value: Any, path: str) -> Any:
+  """`value` as the type `hint` (int to float, list to tuple) or InputError."""
+  for option in _options(hint):
+    if typing.get_origin(option) is Literal:
+      if value in typing.get_args(option):
+        return value
+    elif typing.get_origin(option) is tuple:
+      if isinstance(value, (list, tuple)):
+        item = typing.get_args(option)[0]
+        return tuple(_check_type(item, v, path) for v in value)
+    elif type(value) is option:
+      if isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"{path}={value}: must be a finite number")
+      return value
+    elif option is float and type(value) is int:
+      return float(value)
+  raise InputError(f"{path}={_show(value)}: wants {_describe(hint)}")
+
+
+def _options(hint: Any) -> tuple:
+  union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+  return typing.get_args(hint) if union else (hint,)
+
+
+def _describe(hint: Any) -> str:
+  parts = []
+  for option in _options(hint):
+    if option is type(None):
+      parts.append("none")
+    elif option is bool:
+      parts.append("bool (true or false)")
+    elif typing.get_origin(option) is Literal:
+      parts.append("one of " + ", ".join(map(str, typing.get_args(option))))
+    elif typing.get_origin(option) is tuple:
+      item = _describe(typing.get_args(option)[0])
+      parts.append(f"{item}s separated by commas")
+    else:
+      parts.append(getattr(option, "__name__", str(option)))
+  return " or ".join(parts)
+
+
+def _choices(name: Any, existing: Sequence[str]) -> str:
+  near = difflib.get_close_matches(str(name), existing, n=1)
+  hint = f"did you mean {near[0]!r}? " if near else ""
+  return f"{hint}there are {', '.join(existing) or 'none'}"
+
+
+def _show(value: Any) -> str:
+  """The value on one line, as JSON would write it, cut after 100 letters."""
+  text = json.dumps(value, default=repr, ensure_ascii=False)
+  return text if len(text) <= 100 else text[:97] + "..."

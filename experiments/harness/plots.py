@@ -1,0 +1,93 @@
+"""Pictures as PNG files: image grids and labelled curves (matplotlib)."""
+
+import math
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from giantsteps.experiments.harness import config as config_lib
+
+Curve = tuple[Sequence[float], Sequence[float]]
+
+
+def _pyplot():
+  try:
+    import matplotlib
+  except ImportError as error:
+    raise config_lib.InputError(
+      "plots need matplotlib, which is not installed: "
+      "pip install 'giantsteps[demo]'"
+    ) from error
+  matplotlib.use("Agg")
+  from matplotlib import pyplot
+
+  return pyplot
+
+
+def image_grid(
+  images: np.ndarray,
+  path: pathlib.Path,
+  *,
+  columns: int = 16,
+  row_labels: Sequence[str] = (),
+  title: str = "",
+) -> None:
+  """Writes images [N, H, W, C] in [-1, 1] as one grid; row_labels go left."""
+  pyplot = _pyplot()
+  n, height, width, channels = images.shape
+  columns = min(columns, n)
+  rows = math.ceil(n / columns)
+  canvas = np.full((rows * (height + 1), columns * (width + 1), channels), 1.0)
+  for i, image in enumerate(np.clip(images, -1, 1) / 2 + 0.5):
+    y, x = i // columns * (height + 1), i % columns * (width + 1)
+    canvas[y : y + height, x : x + width] = image
+  figure, axes = pyplot.subplots(
+    figsize=(0.45 * columns + 1.5 * bool(row_labels), 0.47 * rows + 0.3), dpi=110
+  )
+  shown = canvas[..., 0] if channels == 1 else canvas
+  axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+  axes.set_xticks([])
+  axes.set_yticks(
+    [(i + 0.5) * (height + 1) for i in range(len(row_labels))], row_labels
+  )
+  axes.set_title(title, fontsize=10)
+  for spine in axes.spines.values():
+    spine.set_visible(False)
+  figure.savefig(path, bbox_inches="tight")
+  pyplot.close(figure)
+
+
+def curves(
+  lines: Mapping[str, Curve],
+  path: pathlib.Path,
+  *,
+  x_label: str,
+  y_label: str,
+  title: str,
+  levels: Mapping[str, float] | None = None,
+  log_x: bool = False,
+  log_y: bool = False,
+  markers: bool = True,
+  ticks: Sequence[float] = (),
+) -> None:
+  """Draws named lines (x, y) and named horizontal levels into `path`."""
+  pyplot = _pyplot()
+  figure, axes = pyplot.subplots(figsize=(5.6, 3.7), dpi=110)
+  for name, (x, y) in lines.items():
+    axes.plot(x, y, marker="o" if markers else None, ms=4, lw=1.5, label=name)
+  styles = ["--", ":", "-."]
+  for i, (name, y) in enumerate((levels or {}).items()):
+    axes.axhline(y, color="0.4", lw=1, ls=styles[i % 3], label=name)
+  if log_x:
+    axes.set_xscale("log")
+  if log_y:
+    axes.set_yscale("log")
+  if ticks:
+    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axes.minorticks_off()
+  axes.set(xlabel=x_label, ylabel=y_label, title=title)
+  axes.grid(alpha=0.3)
+  axes.legend(fontsize=8)
+  figure.savefig(path, bbox_inches="tight")
+  pyplot.close(figure)

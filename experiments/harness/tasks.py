@@ -1,0 +1,242 @@
+"""From a config to init, loss and evaluation: one `match`, no registry."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from giantsteps.experiments.harness import config as config_lib
+from giantsteps.models import dit, lact, mlp, transformer
+from giantsteps.research import flow_maps, large_batch
+from giantsteps.research.diffusion_lm import masked_diffusion
+
+MASK = 256  # after the 256 bytes
+
+
+class Task(NamedTuple):
+  """What a run learns, as functions of arrays.
+
+  Attributes:
+    init: key -> params.
+    corrupt: (batch, key) -> arrays with everything random drawn for the
+      whole batch, so that micro-batches and devices change nothing.
+    loss: (params, arrays) -> [] float32, a mean over the rows.
+    evaluate: (params, batch, key) -> {name: [] float32}.
+    apply: (params, ...) -> the network's output, as the samplers want it:
+      velocity(params, s, t, x) of a flow, the `Bound` model of tokens.
+  """
+
+  init: Callable
+  corrupt: Callable
+  loss: Callable
+  evaluate: Callable
+  apply: Callable
+
+
+def build(cfg: config_lib.Config, description: dict) -> Task:
+  """The task of a config on data that `description` (data.json) describes.
+
+  Raises:
+    InputError: if task, model and data do not fit together.
+  """
+  images = isinstance(cfg.model, (mlp.Config, dit.Config))
+  if images != (cfg.task == "flow"):
+    raise config_lib.InputError(
+      f"task={cfg.task!r} does not fit the model "
+      f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp or "
+      "dit; masked and autoregressive want transformer or lact"
+    )
+  wanted = "image" if images else "tokens"
+  if description["kind"] != wanted:
+    raise config_lib.InputError(
+      f"data.source={cfg.data.source!r} holds {description['kind']} rows, "
+      f"task={cfg.task!r} wants {wanted} rows"
+    )
+  match cfg.task:
+    case "flow":
+      return flow(cfg, description)
+    case "masked":
+      return masked(cfg)
+    case _:
+      return autoregressive(cfg)
+
+
+def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
+  """The transform of `cfg.optim`, its schedule over `cfg.steps`."""
+  o = cfg.optim
+  rest = max(cfg.steps - o.warmup, 1)
+  match o.schedule:
+    case "constant":
+      tail = optax.constant_schedule(o.learning_rate)
+    case "cosine":
+      tail = optax.cosine_decay_schedule(o.learning_rate, rest, o.end_factor)
+    case _:
+      end = o.learning_rate * o.end_factor
+      tail = optax.linear_schedule(o.learning_rate, end, rest)
+  # step t (from 0) of w warm-up steps has (t + 1)/w of the peak: never zero
+  rise = lambda t: o.learning_rate * jnp.minimum(1.0, (t + 1) / o.warmup)
+  rate = optax.join_schedules([rise, tail], [o.warmup]) if o.warmup else tail
+  match o.name:
+    case "lamb":
+      return large_batch.lamb(
+        rate,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        weight_decay=o.weight_decay,
+        trust_mask=large_batch.matrices,
+        decay_mask=large_batch.matrices,
+      )
+    case "adamw":
+      return optax.adamw(
+        rate,
+        o.b1,
+        o.b2,
+        o.eps,
+        weight_decay=o.weight_decay,
+        mask=large_batch.matrices,
+      )
+    case _:
+      return _muon(rate, o)
+
+
+def _muon(rate: Any, o: config_lib.Optim) -> optax.GradientTransformation:
+  """Muon for the matrices of the stack, AdamW for everything else."""
+
+  def dimensions(params):
+    return jax.tree_util.tree_map_with_path(_matrix_axes, params)
+
+  return optax.contrib.muon(
+    rate,
+    adam_b1=o.b1,
+    adam_b2=o.b2,
+    weight_decay=o.weight_decay,
+    muon_weight_dimension_numbers=dimensions,
+  )
+
+
+def _matrix_axes(path: Any, leaf: jax.Array) -> Any:
+  """(input, output) axes of a stacked matrix [L, in, out], or None."""
+  stacked = any(getattr(k, "key", None) == "layers" for k in path)
+  if not stacked or leaf.ndim != 3:
+    return None
+  return optax.contrib.MuonDimensionNumbers(1, 2)
+
+
+def flow(cfg: config_lib.Config, description: dict) -> Task:
+  """Flow matching on the linear path (research/flow_maps), time upwards.
+
+  The base has the standard deviation sigma_0 of the data, so the network
+  sees unit variance at both ends: velocity = sigma_0 net(x / sigma_0, t).
+  """
+  path, sigma_0 = flow_maps.linear(), description["std"]
+  shape, classes = tuple(description["shape"]), cfg.model.num_classes
+  if classes and classes != description["num_classes"]:
+    raise config_lib.InputError(
+      f"model.num_classes={classes}: {cfg.data.source!r} has "
+      f"{description['num_classes']} classes; 0 ignores them"
+    )
+  module = {mlp.Config: mlp.Mlp, dit.Config: dit.Dit}[type(cfg.model)]
+  network = module(cfg.model)
+
+  def init(key):
+    return network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
+
+  def apply(params, s, t, x, labels=None):
+    second = {} if s is t else {"s": s}
+    out = network.apply(
+      {"params": params}, x / sigma_0, t, labels=labels, **second
+    )
+    return sigma_0 * out
+
+  def corrupt(batch, key):
+    x1 = batch["image"]
+    noise, time = jax.random.split(key)
+    rows = x1.shape[0]
+    # stratified: every batch covers [0, 1) evenly
+    t = (jnp.arange(rows) + jax.random.uniform(time, (rows,))) / rows
+    x0 = sigma_0 * jax.random.normal(noise, x1.shape)
+    labels = {"label": batch["label"]} if classes else {}
+    return {"x0": x0, "x1": x1, "t": t, **labels}
+
+  def loss(params, arrays):
+    velocity = lambda s, t, x: apply(params, s, t, x, arrays.get("label"))
+    losses = flow_maps.flow_matching_loss(
+      velocity, arrays["x0"], arrays["x1"], arrays["t"], path
+    )
+    return jnp.mean(losses) / arrays["x1"][0].size
+
+  def evaluate(params, batch, key):
+    return {"held_out_loss": loss(params, corrupt(batch, key))}
+
+  return Task(init, corrupt, loss, evaluate, apply)
+
+
+def masked(cfg: config_lib.Config) -> Task:
+  """Masked diffusion (LLaDA, research/diffusion_lm) on bytes."""
+  network, module = _language_model(cfg, MASK + 1, causal=False)
+
+  def corrupt(batch, key):
+    tokens = batch["tokens"]
+    time, mask = jax.random.split(key)
+    t = masked_diffusion.stratified_times(time, tokens.shape[0])
+    u = jax.random.uniform(mask, tokens.shape)
+    noisy, hidden, p = masked_diffusion.corrupt(tokens, t, u, MASK)
+    return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
+
+  def loss(params, arrays):
+    logits = module.logits(cfg.model, params, arrays["noisy"])
+    return masked_diffusion.pretrain_loss(
+      logits, arrays["tokens"], arrays["masked"], arrays["p"]
+    )
+
+  def evaluate(params, batch, key):
+    forward = lambda tokens: module.logits(cfg.model, params, tokens)
+    nats = masked_diffusion.negative_log_likelihood_bound(
+      forward, batch["tokens"], key, MASK
+    )
+    return {"held_out_bits_per_byte": jnp.mean(nats) / jnp.log(2.0)}
+
+  return Task(network, corrupt, loss, evaluate, _bind(cfg, module))
+
+
+def autoregressive(cfg: config_lib.Config) -> Task:
+  """Next-token prediction on bytes; the first byte of a row is given."""
+  network, module = _language_model(cfg, MASK, causal=True)
+
+  def loss(params, arrays):
+    tokens = arrays["tokens"]
+    logits = module.logits(cfg.model, params, tokens)[:, :-1]
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, tokens[:, 1:]
+    )
+    return jnp.mean(losses)
+
+  def evaluate(params, batch, key):
+    del key  # nothing is random
+    return {"held_out_bits_per_byte": loss(params, batch) / jnp.log(2.0)}
+
+  corrupt = lambda batch, key: batch
+  return Task(network, corrupt, loss, evaluate, _bind(cfg, module))
+
+
+def _language_model(cfg: config_lib.Config, vocab: int, causal: bool):
+  """The init function and the module of a token model that fits the task."""
+  if cfg.model.vocab_size < vocab or cfg.model.causal != causal:
+    raise config_lib.InputError(
+      f"task={cfg.task!r} wants model.causal={str(causal).lower()} and "
+      f"model.vocab_size >= {vocab}; they are "
+      f"{str(cfg.model.causal).lower()} and {cfg.model.vocab_size}"
+    )
+  if isinstance(cfg.model, lact.Config):
+    module, network = lact, lact.Lact(cfg.model)
+  else:
+    module, network = transformer, transformer.Transformer(cfg.model)
+  tokens = jnp.zeros((1, cfg.data.seq_len), jnp.int32)
+  return lambda key: network.init(key, tokens)["params"], module
+
+
+def _bind(cfg: config_lib.Config, module: Any) -> Callable:
+  return lambda params: module.bind(cfg.model, params)

@@ -1,0 +1,452 @@
+"""The training step and the loop around it.
+
+One compiled program runs several steps; its state is donated. Everything
+random in a step comes from fold_in(key, step) and the batch from
+`data.batch(seed, step)`, so a run is a function of its config alone and
+resuming is exact.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.sharding import Mesh
+
+from giantsteps.experiments.harness import checkpointing, data, metrics
+from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import mesh as mesh_lib
+from giantsteps.experiments.harness import tasks as tasks_lib
+
+
+class State(NamedTuple):
+  """Everything a step changes; a pytree, saved whole.
+
+  Attributes:
+    step: [] int32, updates tried so far.
+    params: the network.
+    opt_state: of the optax transform.
+    ema: averaged parameters, float32; equal to `params` if ema_decay is 0.
+    skipped: [] int32, non-finite updates in a row.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+  ema: Any
+  skipped: jax.Array
+
+
+class Diverged(RuntimeError):
+  """Too many non-finite updates in a row; the parameters are still finite."""
+
+
+def init_state(
+  cfg: config_lib.Config, task: tasks_lib.Task, tx: optax.GradientTransformation
+) -> State:
+  """The state before step 1, a pure function of the config."""
+  params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+  ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
+  zero = jnp.zeros((), jnp.int32)
+  return State(zero, params, tx.init(params), ema, zero)
+
+
+def make_update(
+  cfg: config_lib.Config, task: tasks_lib.Task, tx: optax.GradientTransformation
+) -> Callable:
+  """Builds update(state, batches, n) -> (state, metrics), not yet jitted.
+
+  `batches` holds K steps, leaves [K, B, ...]; the first n are run, n traced,
+  so a shorter last call does not recompile. Metrics are float32 [K], zero
+  from n on: loss, grad_norm, skipped (in a row, after the step).
+  """
+  root = jax.random.fold_in(jax.random.key(cfg.seed), 1)
+
+  def step(state: State, batch: dict) -> tuple[State, dict]:
+    key = jax.random.fold_in(root, state.step)
+    arrays = task.corrupt(batch, key)
+    loss, grads = _mean_gradient(task.loss, state.params, arrays, cfg.accumulate)
+    norm = optax.global_norm(grads)
+    if cfg.optim.clip_norm:
+      scale = jnp.minimum(1.0, cfg.optim.clip_norm / norm)
+      grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = _average(cfg.ema_decay, state, params)
+    finite = jnp.isfinite(loss + norm + optax.global_norm(updates))
+    keep = functools.partial(jnp.where, finite)
+    params, opt_state, ema = jax.tree.map(
+      keep,
+      (params, opt_state, ema),
+      (state.params, state.opt_state, state.ema),
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    row = {"loss": loss, "grad_norm": norm, "skipped": skipped}
+    return State(state.step + 1, params, opt_state, ema, skipped), row
+
+  def update(state: State, batches: dict, n: jax.Array) -> tuple[State, dict]:
+    count = jax.tree.leaves(batches)[0].shape[0]
+    names = ("loss", "grad_norm", "skipped")
+    rows = {name: jnp.zeros(count, jnp.float32) for name in names}
+
+    def body(i, carry):
+      state, rows = carry
+      state, row = step(state, jax.tree.map(lambda x: x[i], batches))
+      put = lambda all, one: all.at[i].set(one.astype(jnp.float32))
+      return state, jax.tree.map(put, rows, row)
+
+    return jax.lax.fori_loop(0, n, body, (state, rows))
+
+  return update
+
+
+def _mean_gradient(loss: Callable, params: Any, arrays: dict, parts: int):
+  """Loss and gradient of the whole batch from `parts` micro-batches.
+
+  Row i goes to micro-batch i mod parts: neighbours, which share a device,
+  are spread evenly. The sum is float32 and local until the end.
+  """
+  gradient = jax.value_and_grad(loss)
+  if parts == 1:
+    return gradient(params, arrays)
+
+  def split(x):
+    rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
+    return jnp.swapaxes(rows, 0, 1)
+
+  def add(total, micro):
+    value, grads = gradient(params, micro)
+    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+    return jax.tree.map(jnp.add, total, (value, wide)), None
+
+  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+  total, _ = jax.lax.scan(
+    add, (jnp.zeros(()), zeros), jax.tree.map(split, arrays)
+  )
+  return jax.tree.map(lambda x: x / parts, total)
+
+
+def _average(decay: float, state: State, params: Any) -> Any:
+  """Moves the averages; the decay rises as (1 + t)/(10 + t) at the start."""
+  t = state.step.astype(jnp.float32)
+  d = jnp.minimum(decay, (1 + t) / (10 + t)) if decay else 0.0
+  move = lambda e, p: d * e + (1 - d) * p.astype(jnp.float32)
+  return jax.tree.map(move, state.ema, params)
+
+
+def compile_update(
+  cfg: config_lib.Config,
+  task: tasks_lib.Task,
+  tx: optax.GradientTransformation,
+  mesh: Mesh,
+) -> Callable:
+  """`make_update`, jitted for the mesh: state donated and replicated, the
+  rows of the batch spread over the data axis."""
+  whole = mesh_lib.replicated(mesh)
+  rows = mesh_lib.batch_sharding(mesh, axis=1)
+  return jax.jit(
+    make_update(cfg, task, tx),
+    in_shardings=(whole, rows, None),
+    out_shardings=(whole, whole),
+    donate_argnums=0,
+  )
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+  """SIGTERM and Ctrl-C set a flag; yields a function that reads it."""
+  seen = []
+  numbers = (signal.SIGTERM, signal.SIGINT)
+  before = {n: signal.signal(n, lambda n, _: seen.append(n)) for n in numbers}
+  try:
+    yield lambda: bool(seen)
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def prepare_workdir(
+  workdir: pathlib.Path, cfg: config_lib.Config, description: dict
+) -> None:
+  """Writes config.json, data.json and environment.json, or checks that a
+  folder used before belongs to the same config and data.
+
+  Raises:
+    InputError: if the folder cannot be written or belongs to another run.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "environment.json").write_text(
+      json.dumps(metrics.environment(), indent=2) + "\n"
+    )
+  except OSError as error:
+    raise config_lib.InputError(
+      f"--workdir {workdir} cannot be written: {error.strerror}"
+    ) from error
+  path = workdir / "config.json"
+  if path.exists():
+    there, described = load_workdir(workdir)
+    lines = config_lib.differences(cfg, there)
+    if lines:
+      raise config_lib.InputError(
+        f"--workdir {workdir} belongs to another config: "
+        f"{'; '.join(lines[:3])}{'; ...' if lines[3:] else ''}. "
+        "Choose another folder or the same settings"
+      )
+    if described != json.loads(json.dumps(description)):
+      raise config_lib.InputError(
+        f"--workdir {workdir} was trained on other data: data.json there says "
+        f"{json.dumps(described)[:200]}, {cfg.data.source} is now "
+        f"{json.dumps(description)[:200]}. Choose another folder"
+      )
+    return
+  (workdir / "data.json").write_text(json.dumps(description, indent=2) + "\n")
+  path.write_text(json.dumps(config_lib.to_json(cfg), indent=2) + "\n")
+
+
+def load_workdir(workdir: pathlib.Path) -> tuple[config_lib.Config, dict]:
+  """The config and the data description that a run left in its folder.
+
+  Raises:
+    InputError: if the folder is none of a training run.
+  """
+  found = []
+  for name in ("config.json", "data.json"):
+    path = workdir / name
+    try:
+      found.append(json.loads(path.read_text()))
+    except OSError as error:
+      raise config_lib.InputError(
+        f"--workdir {workdir} is no folder of a training run: "
+        f"{path}: {error.strerror}"
+      ) from error
+    except ValueError as error:
+      raise config_lib.InputError(f"{path} is no JSON: {error}") from error
+  return config_lib.from_json(found[0]), found[1]
+
+
+def restore(
+  workdir: pathlib.Path,
+  cfg: config_lib.Config,
+  task: tasks_lib.Task,
+  mesh: Mesh,
+) -> State:
+  """The newest intact state of a work folder.
+
+  Raises:
+    InputError: if there is no checkpoint.
+    CorruptCheckpoint: if every checkpoint is damaged.
+  """
+  template = _template(cfg, task, tasks_lib.optimizer(cfg), mesh)
+  with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
+    restored = checkpoints.restore(template)
+  if restored is None:
+    raise config_lib.InputError(
+      f"--workdir {workdir} holds no checkpoint yet; run train first"
+    )
+  return restored[1]
+
+
+def _template(cfg, task, tx, mesh):
+  whole = mesh_lib.replicated(mesh)
+  shapes = jax.eval_shape(lambda: init_state(cfg, task, tx))
+  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+  return jax.tree.map(put, shapes)
+
+
+def _checkpoints(workdir, cfg):
+  return checkpointing.Checkpoints(
+    workdir / "checkpoints", keep=cfg.keep, keep_every=cfg.keep_every
+  )
+
+
+def train(
+  cfg: config_lib.Config,
+  workdir: pathlib.Path,
+  mesh: Mesh,
+  *,
+  dataset: data.Dataset | None = None,
+  label: str = "train",
+  stop: Callable[[], bool] = lambda: False,
+  on_eval: Callable[[int, Any], None] | None = None,
+) -> tuple[State, tasks_lib.Task]:
+  """Trains, or goes on training, in a work folder.
+
+  Args:
+    cfg: the run.
+    workdir: config.json, metrics.jsonl and checkpoints go there; a run that
+      was interrupted goes on from its newest intact checkpoint.
+    mesh: devices; batch_size must be a multiple of its data axis.
+    dataset: what `data.load(cfg.data, cfg.seed)` returns, if at hand.
+    label: beside the progress bar.
+    stop: asked before each call of the program; True saves and returns.
+    on_eval: called with (step, averaged parameters) at each evaluation.
+
+  Returns:
+    The state (state.step < cfg.steps if it was stopped) and the task.
+
+  Raises:
+    InputError: if config, data, mesh and folder do not fit together.
+    Diverged: after cfg.max_skipped non-finite updates in a row.
+  """
+  shards = mesh.shape["data"]
+  if cfg.batch_size % (shards * cfg.accumulate):
+    raise config_lib.InputError(
+      f"batch_size={cfg.batch_size} is not a multiple of --mesh data={shards} "
+      f"times accumulate={cfg.accumulate}"
+    )
+  dataset = dataset or data.load(cfg.data, cfg.seed)
+  task = tasks_lib.build(cfg, dataset.description)
+  prepare_workdir(workdir, cfg, dataset.description)
+  tx = tasks_lib.optimizer(cfg)
+  with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
+    restored = checkpoints.restore(_template(cfg, task, tx, mesh))
+    if restored is not None:
+      state = restored[1]
+      logging.info("resuming %s from step %d", workdir, int(state.step))
+    else:
+      make = lambda: init_state(cfg, task, tx)
+      state = jax.jit(make, out_shardings=mesh_lib.replicated(mesh))()
+    if int(state.step) == cfg.steps:
+      return state, task
+    loop = _Loop(cfg, workdir, mesh, task, dataset, checkpoints, on_eval, label)
+    return loop.run(state, compile_update(cfg, task, tx, mesh), stop), task
+
+
+class _Loop:
+  """The host's side of a run: what happens between two dispatches."""
+
+  def __init__(
+    self, cfg, workdir, mesh, task, dataset, checkpoints, on_eval, label
+  ):
+    self.cfg, self.workdir, self.mesh, self.task = cfg, workdir, mesh, task
+    self.dataset, self.checkpoints, self.on_eval = dataset, checkpoints, on_eval
+    self.label = label
+    self.evaluate = jax.jit(task.evaluate)
+
+  def run(self, state: State, update: Callable, stop: Callable) -> State:
+    """Steps until the config's end or until `stop()`."""
+    cfg, step = self.cfg, int(state.step)
+    self.writer = metrics.Metrics(self.workdir, step)
+    self.bar = metrics.Progress(self.label, cfg.steps, step)
+    batches, pending, saved = self.batches(step), None, step
+    try:
+      while step < cfg.steps and not stop():
+        n = min(cfg.steps_per_dispatch, self.next_mark(step) - step)
+        state, rows = update(state, batches, n)
+        if pending:
+          self.report(*pending)  # while the device works on the next ones
+        pending, step = (step, n, rows), step + n
+        batches = self.batches(step) if step < cfg.steps else batches
+        if self.due(step, cfg.eval_every) or step == cfg.steps:
+          pending = self.report(*pending)
+          self.evaluation(step, state)
+        if self.due(step, cfg.checkpoint_every):
+          pending = self.report(*pending) if pending else None
+          saved = self.save(step, state)
+      if pending:
+        self.report(*pending)
+      if saved != step:
+        self.save(step, state)
+      self.checkpoints.wait()
+    finally:
+      self.bar.close()
+      self.writer.close()
+    return state
+
+  def due(self, step: int, every: int) -> bool:
+    """Whether something that happens each `every` steps happens at `step`."""
+    return every > 0 and step % every == 0
+
+  def next_mark(self, step: int) -> int:
+    """The next step at which the host has something to do."""
+    every = (self.cfg.eval_every, self.cfg.checkpoint_every)
+    marks = [(step // k + 1) * k for k in every if k]
+    return min([*marks, self.cfg.steps])
+
+  def batches(self, step: int) -> dict:
+    """[K, B, ...] arrays on the devices for steps step .. step + K - 1."""
+    cfg = self.cfg
+    rows = [
+      data.batch(self.dataset.train, cfg.batch_size, cfg.seed, step + i)
+      for i in range(cfg.steps_per_dispatch)
+    ]
+    stacked = jax.tree.map(lambda *xs: np.stack(xs), *rows)
+    return jax.device_put(stacked, mesh_lib.batch_sharding(self.mesh, axis=1))
+
+  def report(self, step: int, n: int, rows: dict) -> None:
+    """Waits for the metrics of a dispatch and writes those that are due."""
+    rows = jax.device_get(rows)
+    for i in range(n):
+      if self.due(step + i + 1, self.cfg.log_every):
+        row = {name: float(values[i]) for name, values in rows.items()}
+        self.writer.write(step + i + 1, row | {"time": time.time()})
+    self.bar.advance(n, loss=float(rows["loss"][n - 1]))
+    worst = int(rows["skipped"][:n].max())
+    if worst:
+      logging.warning(
+        "steps %d..%d: up to %d non-finite updates in a row were skipped",
+        step + 1,
+        step + n,
+        worst,
+      )
+    if worst >= self.cfg.max_skipped:
+      raise Diverged(
+        f"stopped at step {step + n}: {worst} non-finite updates in a row "
+        f"(max_skipped={self.cfg.max_skipped}); lower optim.learning_rate or "
+        "look at the data"
+      )
+
+  def evaluation(self, step: int, state: State) -> None:
+    """Held-out metrics of the averaged parameters."""
+    values = held_out(
+      self.cfg, self.evaluate, self.dataset.held_out, state.ema
+    )
+    self.writer.write(step, values | {"time": time.time()})
+    logging.info(
+      "step %d: %s",
+      step,
+      ", ".join(f"{name} {value:.4g}" for name, value in values.items()),
+    )
+    if self.on_eval:
+      self.on_eval(step, state.ema)
+
+  def save(self, step: int, state: State) -> int:
+    """Starts an asynchronous checkpoint of `step`."""
+    self.checkpoints.save(step, state, {"config": config_lib.to_json(self.cfg)})
+    return step
+
+
+EVAL_ROWS = 1024  # rows of a held-out evaluation, at most
+
+
+def held_out(
+  cfg: config_lib.Config, evaluate: Callable, split: data.Split, params: Any
+) -> dict[str, float]:
+  """Means of `task.evaluate` over the first rows of a split.
+
+  The rows and the noise are the same at every call, so two figures differ by
+  the parameters alone.
+  """
+  rows = min(split.num_rows, EVAL_ROWS)
+  size = min(cfg.batch_size, rows, 128)
+  key = jax.random.key(7)
+  totals: dict[str, list[float]] = {}
+  for i in itertools.islice(itertools.count(), math.floor(rows / size)):
+    indices = np.arange(i * size, (i + 1) * size)
+    batch = split.read(indices)
+    values = evaluate(params, batch, jax.random.fold_in(key, i))
+    for name, value in values.items():
+      totals.setdefault(name, []).append(float(value))
+  return {name: float(np.mean(values)) for name, values in totals.items()}

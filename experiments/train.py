@@ -1,0 +1,61 @@
+"""Trains a model in a work folder; the same command again resumes.
+
+  python -m giantsteps.experiments.train --config digits_flow \\
+      --workdir runs/digits --set optim.learning_rate=3e-3
+
+The folder receives config.json, data.json and environment.json before the
+first step, then metrics.jsonl (one flushed line per report) and checkpoints
+with checksums. SIGTERM and Ctrl-C save and exit 0; a kill loses what came
+after the newest checkpoint. `sample` (images) and `generate` (tokens) read
+the folder.
+"""
+
+import pathlib
+
+from absl import flags, logging
+
+from giantsteps.experiments.harness import checkpointing, cli, training
+from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import mesh as mesh_lib
+
+_CONFIG = flags.DEFINE_string(
+  "config", None, "Module in experiments/configs.", required=True
+)
+_SET = flags.DEFINE_multi_string(
+  "set", [], "Override a field, e.g. optim.name=adamw; may be repeated."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder for logs and checkpoints.", required=True
+)
+_MESH = flags.DEFINE_string(
+  "mesh", "", "Devices by axis, e.g. data=8; empty is one device."
+)
+
+
+def main() -> int:
+  """Runs the flags' config to its end or to the first signal."""
+  with training.interruptible() as interrupted:
+    cfg = config_lib.load(_CONFIG.value, _SET.value)
+    mesh = mesh_lib.make(mesh_lib.parse(_MESH.value))
+    workdir = pathlib.Path(_WORKDIR.value)
+    try:
+      state, _ = training.train(
+        cfg, workdir, mesh, label=_CONFIG.value, stop=interrupted
+      )
+    except (training.Diverged, checkpointing.CorruptCheckpoint) as error:
+      logging.error("%s", error)
+      return 1
+    if int(state.step) < cfg.steps:
+      logging.info(
+        "interrupted: saved step %d of %d in %s; the same command resumes",
+        int(state.step),
+        cfg.steps,
+        workdir,
+      )
+    else:
+      logging.info("done: step %d in %s", int(state.step), workdir)
+    return 0
+
+
+if __name__ == "__main__":
+  cli.run(main)

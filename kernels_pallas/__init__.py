@@ -1,0 +1,1 @@
+"""Pallas kernels: reference, TPU body, GPU body of one operation each."""

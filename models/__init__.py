@@ -1,0 +1,1 @@
+"""Networks: flax.linen modules and the functions that apply them."""

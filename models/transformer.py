@@ -1,0 +1,352 @@
+"""One transformer for Llama, Qwen2, Qwen3, LLaDA, Dream and small byte models.
+
+Pre-norm blocks of attention and SwiGLU with RMSNorm, rotary positions and
+grouped queries; causal or bidirectional. What those families differ in (q/k
+norms, q/k/v biases, tied embeddings, stretched rotary wavelengths, shifted
+outputs) is in `Config`. The stack is one scanned block: parameters under
+"layers" have a leading axis L and compile time does not grow with depth.
+"""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from giantsteps.models import layers
+
+_KERNEL_INIT = nn.initializers.lecun_normal()
+_DTYPES = ("float32", "bfloat16", "float16", "float64")
+_ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Shape and variant of a transformer.
+
+  Attributes:
+    vocab_size: V.
+    width, depth: D, number of blocks L.
+    num_heads, num_kv_heads: query heads, key/value heads (a divisor).
+    head_dim: K, even; num_heads * head_dim need not be the width.
+    mlp_width: hidden size of the SwiGLU.
+    causal: position i sees positions <= i; otherwise all.
+    shifted: the output at i predicts token i+1 although the model is
+      bidirectional (Dream); causal models are always shifted.
+    window: position i sees |i - j| < window; None is unlimited.
+    rope_theta: base of the rotary wavelengths.
+    rope_type: default, linear (all wavelengths times rope_factor) or llama3
+      (`layers.llama3_frequencies` with the other rope_ fields).
+    eps: of every RMSNorm.
+    qkv_bias: biases on q, k and v (Qwen2, Dream).
+    qk_norm: RMSNorm of each q and k head before the rotation (Qwen3).
+    tie_embeddings: the head is the transposed embedding.
+    short_conv: taps of a depthwise convolution over the normed input of q,
+      of k and of v each, causal if the model is; 0 is none.
+    remat: none, dots or full (`layers.remat`).
+    dtype: compute dtype; logits are float32 all the same.
+    param_dtype: dtype of the parameters.
+  """
+
+  vocab_size: int = 256
+  width: int = 256
+  depth: int = 4
+  num_heads: int = 4
+  num_kv_heads: int = 4
+  head_dim: int = 64
+  mlp_width: int = 768
+  causal: bool = True
+  shifted: bool = False
+  window: int | None = None
+  rope_theta: float = 10_000.0
+  rope_type: str = "default"
+  rope_factor: float = 1.0
+  rope_low: float = 1.0
+  rope_high: float = 4.0
+  rope_original_length: int = 8192
+  eps: float = 1e-6
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  tie_embeddings: bool = False
+  short_conv: int = 0
+  remat: str = "none"
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+
+  def __post_init__(self):
+    sizes = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads")
+    for name in (*sizes, "head_dim", "mlp_width", "rope_original_length"):
+      _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+    _check(
+      self.num_heads % self.num_kv_heads == 0,
+      "num_kv_heads",
+      self.num_kv_heads,
+      f"a divisor of num_heads={self.num_heads}",
+    )
+    _check(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even")
+    _check(
+      self.window is None or self.window > 0,
+      "window",
+      self.window,
+      "above 0, or None for all positions",
+    )
+    _check(self.short_conv >= 0, "short_conv", self.short_conv, "0 or more")
+    for name in ("rope_theta", "rope_factor", "eps"):
+      _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+    _check(
+      self.rope_high > self.rope_low,
+      "rope_high",
+      self.rope_high,
+      f"above rope_low={self.rope_low}",
+    )
+    for name, choices in (
+      ("rope_type", _ROPE_TYPES),
+      ("remat", layers.REMAT_POLICIES),
+      ("dtype", _DTYPES),
+      ("param_dtype", _DTYPES),
+    ):
+      value = getattr(self, name)
+      _check(value in choices, name, value, "one of " + ", ".join(choices))
+
+
+class Transformer(nn.Module):
+  """Tokens to hidden states after the final norm.
+
+  Attributes:
+    config: shape and variant.
+  """
+
+  config: Config
+
+  @nn.compact
+  def __call__(
+    self, tokens: jax.Array, positions: jax.Array | None = None
+  ) -> jax.Array:
+    """tokens [B, T] int32, positions [B, T] int -> [B, T, D] in dtype.
+
+    The output at i has seen token i. Positions count from 0 by default.
+
+    Raises:
+      ValueError: if tokens or positions have another shape.
+    """
+    cfg = self.config
+    if tokens.ndim != 2:
+      raise ValueError(f"tokens {tokens.shape}: expected [B, T]")
+    if positions is None:
+      positions = jnp.arange(tokens.shape[1])[None]
+    if positions.ndim != 2 or positions.shape[1] != tokens.shape[1]:
+      raise ValueError(
+        f"positions {positions.shape} do not fit tokens {tokens.shape}"
+      )
+    # In bfloat16 neighbouring positions beyond 256 would be one.
+    wide = layers.accumulator(cfg.dtype)
+    frequency = jnp.asarray(_frequencies(cfg), wide)
+    angle = positions[..., None].astype(wide) * frequency[None, None]
+    x = nn.Embed(
+      cfg.vocab_size,
+      cfg.width,
+      dtype=cfg.dtype,
+      param_dtype=cfg.param_dtype,
+      embedding_init=nn.initializers.normal(_embedding_std(cfg)),
+      name="embed",
+    )(tokens)
+    if not cfg.tie_embeddings:
+      self.param(
+        "head",
+        nn.initializers.normal(0.5 / math.sqrt(cfg.width)),
+        (cfg.width, cfg.vocab_size),
+        cfg.param_dtype,
+      )
+    stack = nn.scan(
+      layers.remat(Block, cfg.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=(nn.broadcast,),  # pyright: ignore[reportArgumentType]
+      length=cfg.depth,
+    )
+    x, _ = stack(cfg, name="layers")(x, angle)
+    return _norm(cfg, "norm")(x)
+
+
+class Block(nn.Module):
+  """x + attention(norm(x)), then x + swiglu(norm(x)).
+
+  Attributes:
+    config: shape and variant.
+  """
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, None]:
+    """x [B, T, D], rotary angle [B or 1, T, K/2] -> ([B, T, D], None)."""
+    x = x + self._attention(_norm(self.config, "attention_norm")(x), angle)
+    return x + self._mlp(_norm(self.config, "mlp_norm")(x)), None
+
+  def _attention(self, x: jax.Array, angle: jax.Array) -> jax.Array:
+    cfg = self.config
+    q = self._heads(x, "q", cfg.num_heads)
+    k = self._heads(x, "k", cfg.num_kv_heads)
+    v = self._heads(x, "v", cfg.num_kv_heads)
+    if cfg.qk_norm:
+      q, k = _norm(cfg, "q_norm")(q), _norm(cfg, "k_norm")(k)
+    q, k = layers.rotate(q, angle), layers.rotate(k, angle)
+    out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
+    out = out.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim)
+    return self._out(out, "o")
+
+  def _heads(self, x: jax.Array, name: str, num_heads: int) -> jax.Array:
+    """x [B, T, D] -> [B, T, num_heads, K]."""
+    cfg = self.config
+    if cfg.short_conv:
+      x = layers.ShortConv(
+        cfg.short_conv,
+        cfg.causal,
+        cfg.dtype,
+        cfg.param_dtype,
+        name=f"conv_{name}",
+      )(x)
+    width = num_heads * cfg.head_dim
+    y = _dense(cfg, width, name, use_bias=cfg.qkv_bias)(x)
+    return y.reshape(*x.shape[:2], num_heads, cfg.head_dim)
+
+  def _mlp(self, x: jax.Array) -> jax.Array:
+    cfg = self.config
+    gate = _dense(cfg, cfg.mlp_width, "gate")(x)
+    up = _dense(cfg, cfg.mlp_width, "up")(x)
+    return self._out(nn.silu(gate) * up, "down")
+
+  def _out(self, x: jax.Array, name: str) -> jax.Array:
+    """Back to the width; small enough that the sum over blocks is order 1."""
+    init = nn.initializers.variance_scaling(
+      0.5 / self.config.depth, "fan_in", "normal"
+    )
+    return _dense(self.config, self.config.width, name, kernel_init=init)(x)
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["params"],
+  meta_fields=["module", "shift"],
+)
+@dataclasses.dataclass(frozen=True)
+class Bound:
+  """A token model with its parameters, as decoders take it: a pytree.
+
+  Attributes:
+    params: parameters of `module`.
+    module: tokens [B, T], positions -> hidden [B, T, D].
+    shift: the module's output at i predicts token i+1.
+  """
+
+  params: dict
+  module: nn.Module
+  shift: bool
+
+  @property
+  def head(self) -> jax.Array:
+    """[D, V] in the parameters' dtype: logits are hidden @ head."""
+    if "head" in self.params:
+      return self.params["head"]
+    return self.params["embed"]["embedding"].T
+
+  def forward(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    cache: None = None,
+  ) -> tuple[jax.Array, None]:
+    """Hidden states that predict the token at their own position.
+
+    Args:
+      tokens: [B, T] int32.
+      positions: [B, T] int; None counts from 0.
+      cache: None; there is no cache yet.
+
+    Returns:
+      hidden [B, T, D] with hidden[:, i] @ head scoring tokens[:, i], and the
+      cache. If the module predicts the next token, the outputs move by one
+      and position 0 repeats the first: nothing has predicted it.
+
+    Raises:
+      ValueError: if a cache is given.
+    """
+    if cache is not None:
+      raise ValueError(f"cache={type(cache).__name__}: only None is known")
+    hidden = self.module.apply({"params": self.params}, tokens, positions)
+    assert isinstance(hidden, jax.Array)
+    if self.shift:
+      hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
+    return hidden, None
+
+
+def bind(config: Config, params: dict) -> Bound:
+  """Joins parameters to their model; see `Bound`."""
+  return Bound(params, Transformer(config), config.causal or config.shifted)
+
+
+def logits(config: Config, params: dict, tokens: jax.Array) -> jax.Array:
+  """The plain head, never shifted: tokens [B, T] int32 -> [B, T, V] float32."""
+  hidden = Transformer(config).apply({"params": params}, tokens)
+  assert isinstance(hidden, jax.Array)
+  return project(hidden, bind(config, params).head)
+
+
+def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  """hidden [..., D] @ head [D, V], accumulated in float32 or wider."""
+  return jnp.matmul(
+    hidden,
+    head.astype(hidden.dtype),
+    preferred_element_type=layers.accumulator(hidden.dtype),
+  )
+
+
+def _check(ok: bool, name: str, value: object, wanted: str) -> None:
+  if not ok:
+    raise ValueError(f"{name}={value!r}: must be {wanted}")
+
+
+def _frequencies(config: Config) -> np.ndarray:
+  """Radians per position of each rotated pair: [K/2] float64."""
+  plain = layers.rotary_frequencies(config.head_dim, config.rope_theta)
+  if config.rope_type == "linear":
+    return plain / config.rope_factor
+  if config.rope_type == "llama3":
+    return layers.llama3_frequencies(
+      plain,
+      factor=config.rope_factor,
+      low=config.rope_low,
+      high=config.rope_high,
+      original_length=config.rope_original_length,
+    )
+  return plain
+
+
+def _embedding_std(config: Config) -> float:
+  """Order 1 alone; as a head it must also give logits of order 1."""
+  return 0.5 / math.sqrt(config.width) if config.tie_embeddings else 1.0
+
+
+def _norm(config: Config, name: str) -> layers.RMSNorm:
+  return layers.RMSNorm(config.eps, config.dtype, config.param_dtype, name=name)
+
+
+def _dense(
+  config: Config,
+  features: int,
+  name: str,
+  *,
+  use_bias: bool = False,
+  kernel_init: nn.initializers.Initializer = _KERNEL_INIT,
+) -> nn.Dense:
+  return nn.Dense(
+    features,
+    use_bias=use_bias,
+    dtype=config.dtype,
+    param_dtype=config.param_dtype,
+    kernel_init=kernel_init,
+    name=name,
+  )

@@ -1,0 +1,1 @@
+"""Methods that join models and samplers: one folder per topic."""

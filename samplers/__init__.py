@@ -1,0 +1,1 @@
+"""Loops: continuous-time samplers and token decoders, which know no model."""
