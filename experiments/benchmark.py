@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags, logging
 
 from giantsteps.experiments.harness import (
-  checkpointing,
   cli,
   data,
   digits_quality,
@@ -59,11 +58,7 @@ def main() -> int:
     )
   dataset = data.load(cfg.data, cfg.seed)
   task = tasks_lib.build(cfg, description)
-  try:
-    state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  except checkpointing.CorruptCheckpoint as error:
-    logging.error("%s", error)
-    return 1
+  state = training.restore(workdir, cfg, task, mesh_lib.make({}))
   start = time.time()
   suite = digits if _SUITE.value == "digits" else text
   result = suite(cfg, task, state.ema, dataset) | {

@@ -15,9 +15,9 @@ import pathlib
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
-from giantsteps.experiments.harness import checkpointing, cli, training
+from giantsteps.experiments.harness import cli, training
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
@@ -65,11 +65,7 @@ def main() -> int:
     )
   task = tasks_lib.build(cfg, description)
   prompts, lengths = _prompts(cfg.data.seq_len)
-  try:
-    state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  except checkpointing.CorruptCheckpoint as error:
-    logging.error("%s", error)
-    return 1
+  state = training.restore(workdir, cfg, task, mesh_lib.make({}))
   result = decoding.generate(
     task.apply(state.ema),
     prompts,

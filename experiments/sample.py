@@ -14,9 +14,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
-from giantsteps.experiments.harness import checkpointing, cli, plots, training
+from giantsteps.experiments.harness import cli, plots, training
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import sampling
@@ -47,11 +47,7 @@ def main() -> int:
     )
   task = tasks_lib.build(cfg, description)
   labels = _labels(cfg.model.num_classes)
-  try:
-    state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  except checkpointing.CorruptCheckpoint as error:
-    logging.error("%s", error)
-    return 1
+  state = training.restore(workdir, cfg, task, mesh_lib.make({}))
   x_T = jax.random.normal(
     jax.random.key(_SEED.value), (_NUM.value, *description["shape"])
   )

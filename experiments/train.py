@@ -14,7 +14,7 @@ import pathlib
 
 from absl import flags, logging
 
-from giantsteps.experiments.harness import checkpointing, cli, training
+from giantsteps.experiments.harness import cli, training
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 
@@ -42,7 +42,7 @@ def main() -> int:
       state, _ = training.train(
         cfg, workdir, mesh, label=_CONFIG.value, stop=interrupted
       )
-    except (training.Diverged, checkpointing.CorruptCheckpoint) as error:
+    except training.Diverged as error:
       logging.error("%s", error)
       return 1
     if int(state.step) < cfg.steps:

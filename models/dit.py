@@ -48,7 +48,13 @@ class Config:
 
   def __post_init__(self):
     if self.heads < 1 or self.width % self.heads:
-      raise ValueError(f"width={self.width} not a multiple of heads")
+      raise ValueError(
+        f"width={self.width}: not a multiple of heads={self.heads}"
+      )
+    if self.positions not in ("sincos", "learned"):
+      raise ValueError(
+        f"positions={self.positions!r}: choose sincos or learned"
+      )
     if self.positions == "sincos" and self.width % 4:
       raise ValueError(f"width={self.width}: sincos needs a multiple of 4")
     if self.patch < 1:
@@ -92,7 +98,9 @@ class Dit(nn.Module):
     cfg = self.config
     dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
     if x.ndim != 4 or x.shape[1] % cfg.patch or x.shape[2] % cfg.patch:
-      raise ValueError(f"x {x.shape}: not [B, H, W, C] in {cfg.patch=}")
+      raise ValueError(
+        f"x {x.shape}: not [B, H, W, C] with sides in patches of {cfg.patch}"
+      )
     rows, columns = x.shape[1] // cfg.patch, x.shape[2] // cfg.patch
     patches = patchify(x / cfg.data_std, cfg.patch)  # [B, T, P]
     h = nn.Dense(cfg.width, name="in", **dtypes)(patches)

@@ -469,7 +469,7 @@ class LactLayer(nn.Module):
         cfg.param_dtype,
         name=f"conv_{name}",
       )(x)
-    return _dense(cfg, cfg.width, name, use_bias=cfg.qkv_bias)(x)
+    return _dense(cfg, x, cfg.width, name, use_bias=cfg.qkv_bias)
 
   def _rescale(self, x: jax.Array, name: str) -> jax.Array:
     """x * scale + offset per channel: the fast weights' own q and k."""
@@ -527,8 +527,8 @@ class LactLayer(nn.Module):
     heads = self.config.fast_heads
     init = nn.initializers.normal(0.02)
     y = _dense(
-      self.config, heads * features, name, use_bias=True, kernel_init=init
-    )(x)
+      self.config, x, heads * features, name, use_bias=True, kernel_init=init
+    )
     return y.astype(_wide(y)).reshape(*x.shape[:2], heads, features)
 
   def _weights(self) -> Weights:
@@ -551,7 +551,7 @@ class LactLayer(nn.Module):
     return inward("w0"), full("w1", d, h), inward("w2")
 
   def _out(self, x: jax.Array) -> jax.Array:
-    return _dense_out(self.config, "o")(x)
+    return _dense_out(self.config, x, "o")
 
 
 class Block(nn.Module):
@@ -572,9 +572,9 @@ class Block(nn.Module):
     y = _norm(cfg, "mixer_norm")(x)
     x = x + LactLayer(cfg, name="mixer")(y, positions)
     y = _norm(cfg, "mlp_norm")(x)
-    gate = _dense(cfg, cfg.mlp_width, "gate")(y)
-    up = _dense(cfg, cfg.mlp_width, "up")(y)
-    return x + _dense_out(cfg, "down")(nn.silu(gate) * up), None
+    gate = _dense(cfg, y, cfg.mlp_width, "gate")
+    up = _dense(cfg, y, cfg.mlp_width, "up")
+    return x + _dense_out(cfg, nn.silu(gate) * up, "down"), None
 
 
 class Lact(nn.Module):
@@ -655,13 +655,19 @@ def _norm(config: Config, name: str) -> layers.RMSNorm:
 
 def _dense(
   config: Config,
+  x: jax.Array,
   features: int,
   name: str,
   *,
   use_bias: bool = False,
   kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
-) -> nn.Dense:
-  return nn.Dense(
+) -> jax.Array:
+  """Linear map of the last axis of x [B, T, F].
+
+  Flat, because the gradient of the kernel contracts all but the last axis: of
+  one axis XLA's CPU backend needs no transposed copy, and is 3 times faster.
+  """
+  dense = nn.Dense(
     features,
     use_bias=use_bias,
     dtype=config.dtype,
@@ -669,11 +675,13 @@ def _dense(
     kernel_init=kernel_init,
     name=name,
   )
+  y = dense(x.reshape(-1, x.shape[-1]))
+  return y.reshape(*x.shape[:-1], features)
 
 
-def _dense_out(config: Config, name: str) -> nn.Dense:
+def _dense_out(config: Config, x: jax.Array, name: str) -> jax.Array:
   """Back to the width; small enough that the sum over blocks is order 1."""
   init = nn.initializers.variance_scaling(
     0.5 / config.depth, "fan_in", "normal"
   )
-  return _dense(config, config.width, name, kernel_init=init)
+  return _dense(config, x, config.width, name, kernel_init=init)

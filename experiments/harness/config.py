@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar
 
 from giantsteps import models
 from giantsteps.experiments import configs
+from giantsteps.models import layers
 
 Tree = TypeVar("Tree")
 
@@ -176,9 +177,7 @@ def validate(cfg: Config) -> None:
       wanted = f"in [{low}, {high})" if high < _LARGE else f"{low} or more"
       wanted += "" if flat[path] < _LARGE else " and below 2**31"
       raise InputError(f"{path}={flat[path]}: must be {wanted}")
-  for path, value in flat.items():
-    if path.startswith("model.") and type(value) is int and value < 0:
-      raise InputError(f"{path}={value}: must not be negative")
+  _check_model(flat)
   if not 0 <= cfg.optim.end_factor <= 1:
     raise InputError(
       f"optim.end_factor={cfg.optim.end_factor}: must be in [0, 1]"
@@ -192,7 +191,29 @@ def validate(cfg: Config) -> None:
     )
 
 
+def _check_model(flat: dict[str, Any]) -> None:
+  """What all networks share; their own `Config` checks the rest."""
+  for path, value in flat.items():
+    where, _, name = path.rpartition(".")
+    if not where.startswith("model"):
+      continue
+    low = 1 if name in _MODEL_SIZES else 0
+    if type(value) is int and not low <= value < _LARGE:
+      raise InputError(f"{path}={value}: must be {low} or more, below 2**31")
+    choices = _MODEL_CHOICES.get(name, (value,))
+    if value not in choices:
+      raise InputError(
+        f"{path}={_show(value)}: wants one of {', '.join(choices)}"
+      )
+
+
 _LARGE = 2**31  # counters are int32
+_MODEL_SIZES = ("width", "depth", "heads", "expand", "patch")
+_MODEL_CHOICES = {
+  "dtype": ("float32", "bfloat16"),
+  "param_dtype": ("float32", "bfloat16"),
+  "remat": layers.REMAT_POLICIES,
+}
 _RANGES = {  # low <= value < high
   "steps": (1, _LARGE),
   "batch_size": (1, _LARGE),

@@ -254,10 +254,10 @@ def _by_hash(
     name: int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") / 2**256
     for name, _ in named
   }
-  bound = max(cfg.held_out, min(score.values()))
+  lowest = min(score.values())
   train, held_out = [], []
   for name, file in named:
-    away = score[name] < bound or score[name] == min(score.values())
+    away = score[name] < cfg.held_out or score[name] == lowest
     (held_out if away else train).append(_read_bytes(file, cfg.source))
   return train, held_out
 

@@ -145,10 +145,8 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
     return network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
 
   def apply(params, s, t, x, labels=None):
-    second = {} if s is t else {"s": s}
-    out = network.apply(
-      {"params": params}, x / sigma_0, t, labels=labels, **second
-    )
+    s = s if cfg.model.two_times else None  # None is the diagonal s = t
+    out = network.apply({"params": params}, x / sigma_0, t, s, labels)
     return sigma_0 * out
 
   def corrupt(batch, key):

@@ -1,0 +1,1 @@
+"""Language models by masked diffusion: losses and likelihood."""

@@ -6,7 +6,6 @@ layer of small norm moves at the pace of the largest. So the axes that count
 layers are known here, from the name of the stack or from the caller.
 """
 
-import collections
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -74,8 +73,8 @@ def lamb(
       `matrices`. None: everywhere.
     decay_mask: likewise, where the parameters decay.
     layer_axes: axes that count layers, () for an array that is one layer.
-      None: axis 0 below the key "layers" or where flax metadata says
-      "layers". Otherwise a tree of tuples of int: its leaves stand for all
+      None: axis 0 below the key "layers" (0 and 1 below two of them), or
+      where flax metadata says "layers". Otherwise a tree of tuples of int: its leaves stand for all
       parameters at or below them, parameters it leaves out are one layer
       each ({} or (): none is stacked); or a function params -> tree.
     min_norm: r = max(|x|, min_norm) / |u|; 0 is the paper.
@@ -96,10 +95,11 @@ def lamb(
 
   def init(params: optax.Params) -> LambState:
     leaves, treedef = jax.tree.flatten(params)
-    if layer_axes is None and jnp.shape(params) and jnp.ndim(params) == 1:
+    one_vector = jax.tree_util.treedef_is_leaf(treedef) and leaves[0].ndim == 1
+    if one_vector and layer_axes is None:
       raise ValueError(
-        f"parameters are one vector {jnp.shape(params)}: LAMB would have one"
-        " ratio for the model; pass the tree, or layer_axes=() to say so"
+        f"parameters are one vector {leaves[0].shape}: LAMB would have one"
+        " ratio for the model; pass the tree, or layer_axes=() to mean it"
       )
     unscaled = []
     for x, axes in zip(leaves, stacked_axes(params, layer_axes), strict=True):
@@ -116,54 +116,40 @@ def lamb(
 
   def update(grads, state: LambState, params=None):
     if params is None:
-      raise ValueError("lamb needs the parameters: update(grads, state, params)")
+      raise ValueError(
+        "lamb needs the parameters: update(grads, state, params)"
+      )
     count = optax.safe_increment(state.count)
     rate = learning_rate
     if callable(rate):
       rate = rate(state.count)
 
-    def direction(g, m, v, x, decays):
-      """The new moments and u of one leaf."""
+    def leaf(g, m, v, x, unscaled, axes, trusts, decays):
       g, x = g.astype(m.dtype), x.astype(m.dtype)
       m = b1 * m + (1 - b1) * g
       v = b2 * v + (1 - b2) * g**2
       hat = lambda a, b: a / (1 - b ** count.astype(a.dtype))
       m_hat, v_hat = (hat(m, b1), hat(v, b2)) if bias_correction else (m, v)
       u = m_hat / (jnp.sqrt(v_hat) + eps)
-      return m, v, u + weight_decay * x if decays else u
-
-    def step(u, x, axes, unscaled, trusts):
-      """-lr r u of one leaf."""
-      if not trusts:
-        return -jnp.asarray(rate, u.dtype) * u
-      x_norm, u_norm = _norm(x.astype(u.dtype), axes), _norm(u, axes)
-      phi = jnp.maximum(x_norm, min_norm)
-      usual = (phi > 0) & (u_norm > 0) & ~unscaled
-      ratio = jnp.where(usual, phi / jnp.where(usual, u_norm, 1), 1)
-      return -jnp.asarray(rate, u.dtype) * ratio * u
+      if decays:
+        u = u + weight_decay * x
+      scaled = -jnp.asarray(rate, u.dtype) * u
+      if trusts:
+        phi, u_norm = jnp.maximum(_norm(x, axes), min_norm), _norm(u, axes)
+        usual = (phi > 0) & (u_norm > 0) & ~unscaled
+        scaled = jnp.where(usual, phi / jnp.where(usual, u_norm, 1), 1) * scaled
+      return scaled, m, v
 
     treedef = jax.tree.structure(params)
-    flat = treedef.flatten_up_to
-    x = flat(params)
-    moments = [
-      direction(*leaf)
-      for leaf in zip(
-        flat(grads), flat(state.mu), flat(state.nu), x,
-        _mask(decay_mask, params), strict=True,
-      )
-    ]  # fmt: skip
-    mu, nu, u = zip(*moments, strict=True) if moments else ((), (), ())
-    updates = [
-      step(*leaf)
-      for leaf in zip(
-        u, x, stacked_axes(params, layer_axes), flat(state.unscaled),
-        _mask(trust_mask, params), strict=True,
-      )
-    ]  # fmt: skip
-    state = LambState(
-      count, treedef.unflatten(mu), treedef.unflatten(nu), state.unscaled
+    trees = (grads, state.mu, state.nu, params, state.unscaled)
+    columns = [treedef.flatten_up_to(tree) for tree in trees]
+    columns.append(stacked_axes(params, layer_axes))
+    columns += [_mask(mask, params) for mask in (trust_mask, decay_mask)]
+    rows = [leaf(*row) for row in zip(*columns, strict=True)]
+    updates, mu, nu = (
+      treedef.unflatten([row[i] for row in rows]) for i in range(3)
     )
-    return treedef.unflatten(updates), state
+    return updates, LambState(count, mu, nu, state.unscaled)
 
   return optax.GradientTransformation(init, update)
 
@@ -200,7 +186,7 @@ def stacked_axes(params: Tree, layer_axes: Axes) -> list[tuple[int, ...]]:
   )
   given = jax.tree_util.tree_flatten_with_path(layer_axes, is_leaf=is_axes)[0]
   given = {path: (a,) if isinstance(a, int) else a or () for path, a in given}
-  used = collections.Counter()
+  used = set()
   out = []
   for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
     prefixes = (path[:i] for i in range(len(path), -1, -1))
@@ -209,7 +195,7 @@ def stacked_axes(params: Tree, layer_axes: Axes) -> list[tuple[int, ...]]:
     if any(not -jnp.ndim(x) <= a < jnp.ndim(x) for a in axes):
       name = jax.tree_util.keystr(path)
       raise ValueError(f"layer_axes {axes} of {name}, shape {jnp.shape(x)}")
-    used[prefix] += 1
+    used.add(prefix)
     out.append(axes)
   for path in given:
     if path and path not in used:
@@ -219,22 +205,18 @@ def stacked_axes(params: Tree, layer_axes: Axes) -> list[tuple[int, ...]]:
 
 
 def _named_axes(params: Tree) -> list[tuple[int, ...]]:
-  """(0,) for what lies below the key "layers" or is boxed with that name."""
+  """The axes flax names "layers", or one per key "layers" above the leaf."""
   is_boxed = lambda a: isinstance(a, nn.Partitioned)
+  boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_boxed)[0]
   out = []
-  for path, leaf in jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=is_boxed
-  )[0]:
-    keys = [getattr(k, "key", getattr(k, "name", None)) for k in path]
+  for path, leaf in boxes:
     if is_boxed(leaf) and LAYERS in leaf.names:
-      out.append((leaf.names.index(LAYERS),))
-    else:
-      out.append((0,) if LAYERS in keys and jnp.ndim(_value(leaf)) else ())
+      out.append(tuple(i for i, n in enumerate(leaf.names) if n == LAYERS))
+      continue
+    above = sum(getattr(key, "key", None) == LAYERS for key in path)
+    value = leaf.value if is_boxed(leaf) else leaf
+    out.append(tuple(range(min(above, jnp.ndim(value)))))
   return out
-
-
-def _value(leaf):
-  return leaf.value if isinstance(leaf, nn.Partitioned) else leaf
 
 
 def _mask(mask: Mask, params: Tree) -> list[bool]:

@@ -29,7 +29,8 @@ class Result:
     nfe: [B] int32, model calls until the row was finished.
     committed_at: [B, L] int32, the call (from 0) that committed a position;
       -1 where it was given.
-    answers: [B, num_tokens] int32, the new tokens of `generate`.
+    answers: [B, num_tokens] int32, the new tokens of `generate`; [B, 0] of
+      `fill`.
     exactness: "greedy" (the model's token-by-token argmax), "distribution"
       (a sample of the model's token-by-token law) or "approximate" (several
       positions of a step are taken from their marginals).
@@ -38,10 +39,8 @@ class Result:
   tokens: jax.Array
   nfe: jax.Array
   committed_at: jax.Array
-  answers: jax.Array | None = None
-  exactness: str = dataclasses.field(
-    default="approximate", metadata={"static": True}
-  )
+  answers: jax.Array
+  exactness: str = dataclasses.field(metadata={"static": True})
 
 
 def fill(
@@ -72,10 +71,11 @@ def fill(
       row of the same seed, tokens and key is filled alike in any batch.
     block_size: positions per block, from position 0 on; None is one block.
     forbid_mask: never predict the mask token, which renormalises the
-      confidences. The published decoders do not: False reproduces them.
+      confidences. The published decoders do not: False reproduces them, but
+      a MASK that is predicted is final here (there it could loop for ever).
 
   Returns:
-    A `Result` without answers. Costs max(nfe) model calls for the batch.
+    A `Result`. Costs max(nfe) model calls for the batch.
 
   Raises:
     ValueError: for shapes that do not fit, missing mask_token or key,
@@ -83,7 +83,6 @@ def fill(
   """
   tokens, masked = _check_tokens(tokens, masked)
   batch, length = tokens.shape
-  block_size = length if block_size is None else block_size
   plan = _plan(rule, 0, batch, mask_token, temperature, key, seeds, forbid_mask)
   final = _decode(
     model,
@@ -97,7 +96,8 @@ def fill(
     final.tokens,
     final.nfe,
     final.committed_at,
-    exactness=_exactness(rule, temperature),
+    final.tokens[:, :0],
+    _exactness(rule, temperature),
   )
 
 
@@ -147,13 +147,10 @@ def generate(
   lengths = np.asarray(prompt_lengths)
   _check_prompts(prompts, lengths, num_tokens)
   batch, width = prompts.shape
-  block_size = num_tokens if block_size is None else block_size
   tokens = np.zeros((batch, width + num_tokens), np.int32)
   committed_at = np.full(tokens.shape, -1, np.int32)
   nfe = np.zeros(batch, np.int32)
-  plan = _plan(
-    rule, width, batch, mask_token, temperature, key, seeds, forbid_mask
-  )
+  plan = _plan(rule, 0, batch, mask_token, temperature, key, seeds, forbid_mask)
   for length in np.unique(lengths):
     rows = np.flatnonzero(lengths == length)
     size = int(length) + num_tokens
@@ -177,7 +174,7 @@ def generate(
     jnp.asarray(nfe),
     jnp.asarray(committed_at),
     jnp.asarray(np.take_along_axis(tokens, index, 1)),
-    exactness=_exactness(rule, temperature),
+    _exactness(rule, temperature),
   )
 
 
@@ -199,13 +196,13 @@ def _decode(
 
 
 def _blocks(
-  rule: commit_rules.Rule, block_size: int, length: int
+  rule: commit_rules.Rule, block_size: int | None, length: int
 ) -> dict[str, int]:
-  if block_size < 1:
+  if block_size is not None and block_size < 1:
     raise ValueError(f"block_size={block_size}: at least 1, or None")
   if isinstance(rule, commit_rules.Autoregressive):
     block_size = 1
-  block_size = min(block_size, max(length, 1))
+  block_size = min(block_size or length, length)
   return {"block_size": block_size, "num_blocks": -(-length // block_size)}
 
 
@@ -231,18 +228,19 @@ def _plan(
     raise ValueError(
       f"temperature={temperature}, confidence={rule.confidence!r}: give a key"
     )
-  seeds = jnp.arange(batch) if seeds is None else jnp.asarray(seeds)
-  if seeds.shape != (batch,):
-    raise ValueError(f"seeds {seeds.shape}: expected one per row, ({batch},)")
+  streams = jnp.asarray(range(batch) if seeds is None else seeds)
+  if streams.shape != (batch,):
+    raise ValueError(f"seeds {streams.shape}: expected one per row, ({batch},)")
   return state.Plan(
     rule=rule,
     first=jnp.int32(first),
     forbidden=jnp.int32(mask_token if forbid_mask else -1),
     temperature=jnp.float32(temperature) if temperature > 0 else None,
-    keys=jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
-    if random
-    else None,
+    keys=_row_keys(key, streams) if random else None,
   )
+
+
+_row_keys = jax.vmap(jax.random.fold_in, (None, 0))
 
 
 def _take_rows(plan: state.Plan, rows: np.ndarray, batch: int) -> state.Plan:
@@ -258,9 +256,14 @@ def _check_tokens(
   tokens: jax.Array | np.ndarray, masked: jax.Array | np.ndarray
 ) -> tuple[jax.Array, jax.Array]:
   tokens, masked = jnp.asarray(tokens), jnp.asarray(masked)
-  if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+  if (
+    tokens.ndim != 2
+    or not tokens.shape[1]
+    or not jnp.issubdtype(tokens.dtype, jnp.integer)
+  ):
     raise ValueError(
-      f"tokens {tokens.dtype}{list(tokens.shape)}: expected [B, L] integers"
+      f"tokens {tokens.dtype}{list(tokens.shape)}: expected integers [B, L],"
+      " L >= 1"
     )
   if masked.shape != tokens.shape or masked.dtype != bool:
     raise ValueError(

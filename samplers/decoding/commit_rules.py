@@ -17,16 +17,17 @@ import numpy as np
 
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 SCHEDULES = ("even", "linear_time")
+Number = jax.Array | np.ndarray | float  # scalar, or [B] for one per row
 _LINEAR_TIME_END = 1e-3  # Dream's eps: its time runs from 1 to this
 
 
 class Progress(NamedTuple):
   """Where each row stands in its active block: [B] int32, or scalars."""
 
-  step: jax.typing.ArrayLike  # model calls since the block was entered
-  total: jax.typing.ArrayLike  # masked positions when it was entered
-  block: jax.typing.ArrayLike  # index of the block
-  num_blocks: jax.typing.ArrayLike
+  step: Number  # model calls since the block was entered
+  total: Number  # masked positions when it was entered
+  block: Number  # index of the block
+  num_blocks: Number
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +35,7 @@ class Progress(NamedTuple):
 class Threshold:
   """Commits confidence >= value and the best position; see `threshold`."""
 
-  value: jax.typing.ArrayLike
+  value: Number
   confidence: str = dataclasses.field(metadata={"static": True})
 
   def transfer(
@@ -50,7 +51,7 @@ class Threshold:
 class Factor:
   """Commits the n most probable while p_n >= 1 - value/(n+1); `factor`."""
 
-  value: jax.typing.ArrayLike
+  value: Number
   confidence: ClassVar[str] = "probability"
 
   def transfer(
@@ -70,7 +71,7 @@ class Factor:
 class TopN:
   """Commits a scheduled number of the surest positions; see `top_n`."""
 
-  steps: jax.typing.ArrayLike
+  steps: Number
   confidence: str = dataclasses.field(metadata={"static": True})
   schedule: str = dataclasses.field(metadata={"static": True})
 
@@ -111,7 +112,7 @@ class Autoregressive:
 Rule = Threshold | Factor | TopN | Autoregressive
 
 
-def threshold(value: jax.typing.ArrayLike = 0.9) -> Threshold:
+def threshold(value: Number = 0.9) -> Threshold:
   """Commits every position whose token has probability >= value.
 
   Fast-dLLM (arXiv:2505.22618). The most probable position is always
@@ -123,7 +124,7 @@ def threshold(value: jax.typing.ArrayLike = 0.9) -> Threshold:
   return Threshold(_number(value), "probability")
 
 
-def entropy_threshold(value: jax.typing.ArrayLike = 0.5) -> Threshold:
+def entropy_threshold(value: Number = 0.5) -> Threshold:
   """Commits every position whose entropy is <= value, and the lowest one.
 
   dParallel (arXiv:2509.26488).
@@ -134,7 +135,7 @@ def entropy_threshold(value: jax.typing.ArrayLike = 0.5) -> Threshold:
   return Threshold(-_number(value), "entropy")
 
 
-def factor(value: jax.typing.ArrayLike = 1.0) -> Factor:
+def factor(value: Number = 1.0) -> Factor:
   """Commits the n most probable, n the last of 1, 2, .. that all satisfy
 
     p_(n) >= 1 - value / (n + 1),
@@ -149,7 +150,7 @@ def factor(value: jax.typing.ArrayLike = 1.0) -> Factor:
 
 
 def top_n(
-  steps: int,
+  steps: Number,
   confidence: str = "probability",
   schedule: str = "even",
 ) -> TopN:
@@ -173,11 +174,9 @@ def top_n(
     raise ValueError(f"confidence={confidence!r}: one of {CONFIDENCES}")
   if schedule not in SCHEDULES:
     raise ValueError(f"schedule={schedule!r}: one of {SCHEDULES}")
-  if isinstance(steps, int | np.integer):
-    if steps < 1:
-      raise ValueError(f"steps={steps}: at least 1")
-    steps = np.int32(steps)
-  return TopN(steps, confidence, schedule)
+  if not isinstance(steps, jax.Array) and np.min(steps) < 1:
+    raise ValueError(f"steps={steps}: at least 1")
+  return TopN(_number(steps, np.int32), confidence, schedule)
 
 
 def autoregressive() -> Autoregressive:
@@ -273,11 +272,11 @@ def _rank(confidence: jax.Array, eligible: jax.Array) -> jax.Array:
   return jnp.argsort(order, axis=-1)
 
 
-def _number(value: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
-  """float32 and, for a Python number, hashable; tracers stay tracers."""
-  return value if isinstance(value, jax.Array) else np.float32(value)
+def _number(value: Number, dtype: type = np.float32) -> Number:
+  """On the host and, if it is a scalar, hashable; jax arrays stay as is."""
+  return value if isinstance(value, jax.Array) else np.asarray(value, dtype)[()]
 
 
-def _column(value: jax.typing.ArrayLike) -> jax.Array:
+def _column(value: Number) -> jax.Array:
   """Scalar or [B] -> [1 or B, 1]."""
   return jnp.reshape(jnp.asarray(value), (-1, 1))

@@ -4,6 +4,8 @@ Every row has its own block cursor, step count and random stream, so what a
 row becomes does not depend on its neighbours in the batch.
 """
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import jax
@@ -94,11 +96,8 @@ def step(
     block=block,
     num_blocks=num_blocks,
   )
-  keys = None
-  if plan.keys is not None:
-    keys = _position_keys(plan.keys, state.nfe, index)
   scores = _scores(window(hidden, 0), model.head, plan.forbidden)
-  token, sure = _choose(plan, scores, keys)
+  token, sure = _choose(plan, scores, state.nfe, index)
   commit = plan.rule.transfer(sure, eligible, progress)
 
   def put(x, value):  # positions of the window outside [0, L) are dropped
@@ -153,32 +152,36 @@ def _scores(
 
 
 def _choose(
-  plan: Plan, logits: jax.Array, keys: jax.Array | None
+  plan: Plan, logits: jax.Array, nfe: jax.Array, index: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Token [B, W] int32 and confidence [B, W] at every position."""
-  noised, order = logits, None
-  if keys is not None and plan.temperature is not None:
+  """Token [B, W] int32 and confidence [B, W] at positions index [B, W]."""
+  noised, order, kind = logits, None, plan.rule.confidence
+  if plan.temperature is not None:
     # argmax(logits + T gumbel) has the law softmax(logits / T). The usual
     # 23-bit uniforms cut its tail off (arXiv:2409.02908).
-    noised += plan.temperature * _draw(
-      keys, 0, lambda k: jax.random.gumbel(k, logits.shape[-1:], mode="high")
+    gumbel = functools.partial(
+      jax.random.gumbel, shape=logits.shape[-1:], mode="high"
     )
-  if keys is not None and plan.rule.confidence == "random":
-    order = _draw(keys, 1, jax.random.uniform)
+    noised += plan.temperature * _draw(gumbel, plan.keys, 2 * nfe, index)
+  if kind == "random":
+    order = _draw(jax.random.uniform, plan.keys, 2 * nfe + 1, index)
   token = jnp.argmax(noised, -1).astype(jnp.int32)
-  kind = plan.rule.confidence
   return token, commit_rules.confidence(kind, logits, token, order)
 
 
-def _position_keys(
-  keys: jax.Array, nfe: jax.Array, index: jax.Array
+def _draw(
+  sample: Callable[[jax.Array], jax.Array],
+  keys: jax.Array | None,
+  count: jax.Array,
+  index: jax.Array,
 ) -> jax.Array:
-  """Keys of (row, step, position), so padding cannot shift them: [B, W]."""
-  fold = jax.vmap(jax.random.fold_in)
-  return jax.vmap(fold, (None, 1), 1)(fold(keys, nfe), index)
+  """One sample per (row, count, position), so that padding shifts none.
 
+  keys [B], count [B], index [B, W] -> [B, W, ...].
+  """
 
-def _draw(keys: jax.Array, stream: int, sample) -> jax.Array:
-  """sample(key) for every one of keys [B, W], from a numbered stream."""
-  one = lambda key: sample(jax.random.fold_in(key, stream))
-  return jax.vmap(jax.vmap(one))(keys)
+  def row(key, count, index):
+    key = jax.random.fold_in(key, count)
+    return jax.vmap(lambda i: sample(jax.random.fold_in(key, i)))(index)
+
+  return jax.vmap(row)(keys, count, index)

@@ -24,7 +24,7 @@ def uniform_time(
   t_start: float | None = None,
   t_end: float | None = None,
 ) -> np.ndarray:
-  """Nodes uniform in the schedule's t; "trailing" spacing where t_end = 0.
+  """Nodes uniform in the schedule's t.
 
   Args:
     schedule: gives the default ends.
@@ -103,6 +103,13 @@ def _ends(
       f"time must fall from t_start={start} to t_end={end}, 0 <= t_end <"
       f" t_start; this schedule spans {schedule.t_max} to {schedule.t_min}"
     )
+  with np.errstate(invalid="ignore"):
+    alpha, sigma = schedule.alpha_sigma(start)
+  if not (alpha >= 0 and sigma > 0):
+    raise ValueError(
+      f"t_start={start} is outside the schedule, which starts at"
+      f" {schedule.t_max}"
+    )
   return start, end
 
 
@@ -129,14 +136,13 @@ def _spaced(schedule, num_steps, t_start, t_end, space) -> np.ndarray:
       f" to {last:.3g}; move the finite end, or use uniform_time"
     )
   num = num_steps + 1 - head - tail  # nodes that log-SNR places
-  if num == 1:  # two steps between infinite ends, or one to or from one
-    inner = np.array([(first + last) / 2 if head and tail else
-                      (last if head else first)])
-  else:
-    inner = space(first, last, num) if num else np.zeros(0)
+  inner = space(first, last, num)
+  if num == 1 and head and tail:
+    inner = space(first, last, 3)[1:2]
   nodes = schedule.t_of_lambda(inner)
-  nodes = np.concatenate([[start] * head, nodes, [end] * tail])
-  return _pinned(nodes, start, end)
+  return _pinned(
+    np.concatenate([[start] * head, nodes, [end] * tail]), start, end
+  )
 
 
 def _pinned(nodes: np.ndarray, start: float, end: float) -> np.ndarray:

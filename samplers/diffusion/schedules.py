@@ -113,22 +113,24 @@ def vp_cosine(
     normalize: False leaves out the constant cos(theta_0), as some public code
       does; then sigma(0) = sin(theta_0) > 0.
   """
-  rate_ = np.pi / 2 / (1 + s)
-  offset = rate_ * s if normalize else 0.0  # theta at which sigma = 0
-  shift = 0.0 if normalize else rate_ * s  # theta - offset at t = 0
-  norm = np.sin(rate_) if normalize else 1.0  # = cos(offset)
+  speed = np.pi / 2 / (1 + s)  # of theta
+  offset = speed * s if normalize else 0.0  # theta at which sigma = 0
+  shift = 0.0 if normalize else speed * s  # theta - offset at t = 0
+  norm = np.sin(speed) if normalize else 1.0  # = cos(offset)
 
   def alpha_sigma(t):
     t = np.asarray(t, np.float64)
-    delta = rate_ * t + shift  # theta - offset, without cancellation
-    alpha = np.sin(rate_ * (1 - t)) / norm  # cos(theta), exactly 0 at t = 1
+    delta = speed * t + shift  # theta - offset, without cancellation
+    alpha = np.sin(speed * (1 - t)) / norm  # cos(theta), exactly 0 at t = 1
     return alpha, np.sqrt(np.sin(delta) * np.sin(delta + 2 * offset)) / norm
 
   def rate(t):
     alpha, sigma = alpha_sigma(t)
-    alpha_rate = -rate_ * np.cos(rate_ * (1 - np.asarray(t, np.float64))) / norm
+    alpha_slope = (
+      -speed * np.cos(speed * (1 - np.asarray(t, np.float64))) / norm
+    )
     with np.errstate(divide="ignore"):
-      return alpha_rate, -alpha * alpha_rate / sigma
+      return alpha_slope, -alpha * alpha_slope / sigma
 
   def t_of_lambda(lam):
     lam = np.asarray(lam, np.float64)
@@ -142,7 +144,7 @@ def vp_cosine(
       norm**2 * square, total, out=np.zeros_like(total), where=total > 0
     )
     cos_delta = cos * np.cos(offset) + sin * np.sin(offset)
-    return (np.arctan2(sin_delta, cos_delta) - shift) / rate_
+    return (np.arctan2(sin_delta, cos_delta) - shift) / speed
 
   return Schedule(alpha_sigma, rate, t_of_lambda, t_min, t_max)
 
@@ -224,8 +226,8 @@ def from_functions(
   def t_of_lambda(lam):
     lam = np.asarray(lam, np.float64)
     low, high = np.full_like(lam, t_min), np.full_like(lam, t_max)
-    for _ in range(1100):  # 2^-1075 is the least float64; 53 halvings of
-      mid = (low + high) / 2  # the t above .5, more near 0
+    while True:  # at most 1075 halvings, 53 for t above t_max / 2
+      mid = (low + high) / 2
       if np.all((mid <= low) | (mid >= high)):
         break
       noisier = schedule.lam(mid) < lam

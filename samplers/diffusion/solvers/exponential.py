@@ -12,12 +12,13 @@ polynomial through its last values in some variable u.
 | angle | hypot | phi = atan2(sigma, alpha) | v / hypot | |
 
 u is "lambda" = log(alpha / sigma), "t", "rho" = sigma / alpha, "phi", or
-"flow" = sigma / (alpha + sigma). One target is not a polynomial but DDIM, in
-every gauge: x0 and eps held fixed. Everything here is float64 on the host.
+"flow" = sigma / (alpha + sigma). With one target, u does not matter, and
+data, noise and flow are DDIM (x0 and eps held fixed); the angle gauge holds
+the angular velocity and is Euler in phi. Everything is float64 on the host.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -41,6 +42,10 @@ class Nodes(NamedTuple):
   sigma: np.ndarray
   lam: np.ndarray
   phi: np.ndarray
+
+  def model_time(self) -> np.ndarray:
+    """What the model is told at every node but the last, [N]."""
+    return np.asarray(self.schedule.model_time(self.t[:-1]), np.float64)
 
 
 def nodes(schedule: Schedule, times: np.ndarray) -> Nodes:
@@ -134,7 +139,7 @@ def coordinate(
 
 
 def lagrange_weights(
-  gauge: str, variable: str, at: Nodes, points: Sequence[int], b: int
+  gauge: str, variable: str, at: Nodes, points: np.ndarray, b: int
 ) -> np.ndarray:
   """S_b int_a^b ell_j(u) dmu for the targets at nodes `points`, a = b - 1.
 
@@ -142,7 +147,7 @@ def lagrange_weights(
   lambda is infinite at an end, in phi: relative error about 1e-13.
 
   Returns:
-    [len(points)], in the order of points.
+    [P], in the order of points [P].
   """
   base, weight = QUADRATURE
   first, last = at.lam[b - 1], at.lam[b]
@@ -168,7 +173,7 @@ def lagrange_weights(
     case _:
       density = np.ones_like(cos)
   u = coordinate(variable, at.schedule, cos, sin)
-  node = coordinate(variable, at.schedule, at.alpha, at.sigma)[list(points)]
+  node = coordinate(variable, at.schedule, at.alpha, at.sigma)[points]
   mass = scale(gauge, at.alpha, at.sigma)[b] * density * ds
   weights = [
     np.sum(mass * np.prod([(u - v) / (w - v) for v in np.delete(node, j)], 0))
@@ -184,18 +189,159 @@ def moments(h: float, num: int, sign: int) -> np.ndarray:
   the series h sum_m (sign h)^m k! / (k + m + 1)! is used.
   """
   if h < 2:
-    m = np.arange(40)
-    return np.array(
-      [
-        h
-        * np.sum(
-          (sign * h) ** m
-          * [math.factorial(k) / math.factorial(k + i + 1) for i in range(40)]
-        )
-        for k in range(num)
-      ]
-    )
+    m = np.arange(1, 40)
+    tails = [np.sum(np.cumprod(sign * h / (k + 1 + m))) for k in range(num)]
+    return np.array([h / (k + 1) * (1 + t) for k, t in enumerate(tails)])
   values = [sign * np.expm1(sign * h)]
   for k in range(1, num):
     values.append(-sign * (1 - k / h * values[-1]))
   return np.array(values)
+
+
+def lambda_weights(
+  gauge: str,
+  at: Nodes,
+  points: np.ndarray,
+  b: int,
+  *,
+  two_point: str = "exact",
+  kappa: float = 1.0,
+) -> np.ndarray:
+  """`lagrange_weights` in u = lambda by closed form, data and noise gauge.
+
+  The weights solve sum_j w_j c_j^k = J_k for k < len(points), with
+  c_j = (lambda_j - lambda_a) / h; published methods replace some J_k.
+
+  Args:
+    gauge: "data" or "noise".
+    at: the nodes.
+    points: [P] indices of the targets.
+    b: end of the step that starts at a = b - 1.
+    two_point: what stands for J_1 where P = 2: "exact" J_1, "bh1" h / 2,
+      "bh2" J_0 / 2 (arXiv:2302.04867).
+    kappa: factor of J_2 where P = 3.
+
+  Returns:
+    [P], in the order of points.
+  """
+  h = at.lam[b] - at.lam[b - 1]
+  c = (at.lam[points] - at.lam[b - 1]) / h
+  j = moments(h, len(points), -1 if gauge == "data" else 1)
+  if len(points) == 2:
+    j[1] = {"exact": j[1], "bh1": h / 2, "bh2": j[0] / 2}[two_point]
+  if len(points) == 3:
+    j[2] *= kappa
+  weights = np.linalg.solve(np.vander(c, increasing=True).T, j)
+  return weights * (at.alpha[b] if gauge == "data" else -at.sigma[b])
+
+
+def multistep(
+  at: Nodes,
+  weights: Callable[[np.ndarray, int], np.ndarray],
+  *,
+  prediction: str,
+  gauge: str,
+  variable: str,
+  order: int,
+  corrector: bool,
+  final: str,
+) -> Table:
+  """Assembles the table of a multistep solver.
+
+  Step i goes from node i to i + 1 and uses the targets at i, i - 1, ..; with
+  a corrector, row i first redoes step i - 1 with its own target added. The
+  last step is never corrected (that would cost a call). Where u is infinite
+  at an end of a step, or S_b = 0, nothing but DDIM is defined, and it is used.
+
+  Args:
+    at: from `nodes`.
+    weights: (points, b) -> weights of the targets at nodes `points` [P] in
+      the step b - 1 -> b, S_b included.
+    prediction: what the model returns, one of `predictions.KINDS`.
+    gauge: key of `TARGETS`.
+    variable: u, one of `VARIABLES`.
+    order: targets per step, 1 to 4.
+    corrector: redo each step but the last with one more target.
+    final: as in `step_orders`.
+
+  Returns:
+    A table of N rows, K = max(4, order + corrector).
+
+  Raises:
+    ValueError: unknown or unusable settings, with the reason.
+  """
+  if order not in (1, 2, 3, 4):
+    raise ValueError(f"order must be 1, 2, 3 or 4, not {order}")
+  num = at.t.size - 1
+  orders = step_orders(num, order, final)
+  s = scale(gauge, at.alpha, at.sigma)
+  target = targets(at, prediction, gauge)
+  finite = np.isfinite(coordinate(variable, at.schedule, at.alpha, at.sigma))
+  usable = finite[:-1] & finite[1:] & (s[1:] > 0)  # [N], of the steps
+  if final == "full" and orders[-1] > 1 and not usable[-1]:
+    raise ValueError(
+      f"final='full' is undefined for gauge {gauge!r} in {variable!r} where"
+      f" the run ends at alpha={at.alpha[-1]}, sigma={at.sigma[-1]}; use"
+      " gauge 'flow' or 'angle' with 'flow', 'phi' or 't', or final='ramp'"
+    )
+  width = max(MIN_TARGETS, order + corrector)
+  anchor, advance = np.tile([0.0, 1.0], (num, 1)), np.empty(num)
+  correct, history = np.zeros((2, num, width))
+  for i in range(num):
+    if usable[i]:
+      points = _points(finite, i, orders[i])
+      advance[i] = s[i + 1] / s[i]
+      history[i, i - points] = weights(points, i + 1)
+    else:
+      advance[i], history[i, 0] = _ddim_step(at, gauge, i)
+    if corrector and i > 0 and usable[i - 1]:
+      points = _points(finite, i, orders[i - 1] + 1)
+      anchor[i] = s[i] / s[i - 1], 0.0
+      correct[i, i - points] = weights(points, i)
+  time, noise = at.model_time(), np.zeros(num)
+  return Table(time, target, anchor, correct, advance, history, noise)
+
+
+def _points(finite: np.ndarray, newest: int, num: int) -> np.ndarray:
+  """newest, newest - 1, ..; a node at u = infinity has no weight."""
+  points = np.arange(newest, newest - num, -1)
+  return points[finite[points]]
+
+
+def _ddim_step(at: Nodes, gauge: str, a: int) -> tuple[float, float]:
+  """(weight of x_a, weight of m_a) that keep x0 and eps, in any gauge."""
+  alpha, sigma = at.alpha, at.sigma
+  d0, d1 = predictions.combination(TARGETS[gauge], alpha[a], sigma[a])
+  determinant = alpha[a] * d1 - sigma[a] * d0
+  return (
+    (alpha[a + 1] * d1 - sigma[a + 1] * d0) / determinant,
+    (alpha[a] * sigma[a + 1] - sigma[a] * alpha[a + 1]) / determinant,
+  )
+
+
+def targets(at: Nodes, prediction: str, gauge: str) -> np.ndarray:
+  """Rows (z, out) with m = z x + out output at all nodes but the last, [N, 2].
+
+  Raises:
+    ValueError: where the prediction does not determine the gauge's target.
+  """
+  alpha, sigma = at.alpha[:-1], at.sigma[:-1]
+  rate = at.schedule.rate(at.t[:-1]) if prediction == "velocity" else None
+  with np.errstate(divide="ignore", invalid="ignore"):
+    target = np.stack(
+      predictions.affine(prediction, TARGETS[gauge], alpha, sigma, rate), -1
+    )
+  if gauge == "noise" and alpha[0] == 0:
+    raise ValueError(
+      f"gauge 'noise' cannot start where alpha = 0 (t = {at.t[0]}); use gauge"
+      " 'data', 'flow' or 'angle', or a smaller first time"
+    )
+  bad = ~np.isfinite(target).all(-1)
+  if bad.any():
+    i = int(np.argmax(bad))
+    raise ValueError(
+      f"prediction {prediction!r} does not determine {TARGETS[gauge]!r} at"
+      f" t = {at.t[i]} (alpha = {alpha[i]}, sigma = {sigma[i]}); start at a"
+      " smaller time, or use a model that predicts 'v' or 'flow'"
+    )
+  return target

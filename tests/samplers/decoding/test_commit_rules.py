@@ -162,7 +162,9 @@ class ConfidenceTest(parameterized.TestCase):
       "margin": top[..., -1] - top[..., -2],
       "entropy": -entropy,
     }.items():
-      got = commit_rules.confidence(kind, jnp.asarray(logits), token)
+      got = commit_rules.confidence(
+        kind, jnp.asarray(logits), jnp.asarray(token)
+      )
       np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-6, err_msg=kind)
 
   def test_float64_stays_float64(self):

@@ -1,0 +1,223 @@
+"""The denoisers: MLP and diffusion transformer."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl.testing import absltest, parameterized
+
+from giantsteps.models import dit, layers, mlp
+
+MLP = mlp.Config(width=16, depth=3, num_classes=4, two_times=True)
+DIT = dit.Config(
+  width=16, depth=2, heads=2, num_classes=4, two_times=True, qk_norm=True
+)
+NETS = {"mlp": (mlp.Mlp, MLP), "dit": (dit.Dit, DIT)}
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(4, 4, 6, 2)), jnp.float32)
+T = jnp.asarray([0.0, 0.3, 0.6, 1.0], jnp.float32)
+S = jnp.asarray([0.5, 0.3, 0.0, 0.9], jnp.float32)
+LABELS = jnp.asarray([0, 1, 2, 4], jnp.int32)
+
+
+@functools.cache
+def build(name, **changes):
+  """(apply, params at init, params perturbed so that nothing is zero)."""
+  make, config = NETS[name]
+  net = make(dataclasses.replace(config, **changes))
+
+  @jax.jit
+  def start(key):
+    params = net.init(key, X, T)["params"]
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    noise = [
+      0.3 * jax.random.normal(k, a.shape, a.dtype)
+      for k, a in zip(keys, leaves, strict=True)
+    ]
+    moved = jax.tree.map(jnp.add, params, treedef.unflatten(noise))
+    return params, moved
+
+  apply = jax.jit(lambda p, *args, **kw: net.apply({"params": p}, *args, **kw))
+  return apply, *start(jax.random.key(0))
+
+
+class DenoiserTest(parameterized.TestCase):
+  @parameterized.parameters(*NETS)
+  def test_output_is_zero_at_the_start(self, name):
+    apply, params, moved = build(name)
+    out = apply(params, X, T, labels=LABELS)
+    np.testing.assert_array_equal(out, np.zeros(X.shape, np.float32))
+    self.assertEqual(out.dtype, jnp.float32)
+    self.assertEqual(apply(moved, X, T, labels=LABELS).shape, X.shape)
+
+  @parameterized.parameters(*NETS)
+  def test_diagonal_of_two_times_is_one_time(self, name):
+    apply, params, moved = build(name)
+    diagonal = apply(moved, X, T, T, labels=LABELS)
+    np.testing.assert_array_equal(apply(moved, X, T, labels=LABELS), diagonal)
+    # A network of one time with the same parameters is the same function.
+    one, _, _ = build(name, two_times=False)
+    moved = {**moved, "conditioning": dict(moved["conditioning"])}
+    for key in ("gap_in", "gap_out"):
+      del moved["conditioning"][key]
+    np.testing.assert_allclose(
+      one(moved, X, T, labels=LABELS), diagonal, rtol=1e-5, atol=1e-5
+    )
+
+  @parameterized.parameters(*NETS)
+  def test_every_condition_matters(self, name):
+    apply, _, moved = build(name)
+    out = apply(moved, X, T, S, labels=LABELS)
+    differs = lambda other: float(jnp.abs(out - other).max()) > 1e-3
+    self.assertTrue(differs(apply(moved, X, T, S + 0.1, labels=LABELS)))
+    self.assertTrue(differs(apply(moved, X, T + 0.1, S, labels=LABELS)))
+    self.assertTrue(differs(apply(moved, X, T, S, labels=LABELS.at[0].set(3))))
+    # No labels are the label "none".
+    np.testing.assert_array_equal(
+      apply(moved, X, T, S),
+      apply(moved, X, T, S, labels=jnp.full(4, 4, jnp.int32)),
+    )
+
+  @parameterized.parameters(*NETS)
+  def test_rows_are_independent(self, name):
+    apply, _, moved = build(name)
+    out = apply(moved, X, T, S, labels=LABELS)
+    order = np.array([2, 0, 3, 1])
+    np.testing.assert_allclose(
+      apply(moved, X[order], T[order], S[order], labels=LABELS[order]),
+      out[order],
+      rtol=1e-5,
+      atol=1e-5,
+    )
+
+  @parameterized.parameters(*NETS)
+  def test_stack_is_scanned(self, name):
+    _, params, _ = build(name)
+    depth = NETS[name][1].depth
+    for leaf in jax.tree.leaves(params["layers"]):
+      self.assertEqual(leaf.shape[0], depth)
+    kernel = params["layers"]["up"]["kernel"]
+    self.assertGreater(float(jnp.abs(kernel[0] - kernel[1]).max()), 0.1)
+
+  @parameterized.product(name=list(NETS), policy=["full", "dots"])
+  def test_remat_changes_nothing(self, name, policy):
+    apply, _, moved = build(name)
+    again, _, _ = build(name, remat=policy)
+    square = lambda f: jax.jit(jax.grad(lambda p: (f(p, X, T, S) ** 2).sum()))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-3),
+      square(apply)(moved),
+      square(again)(moved),
+    )
+
+  @parameterized.parameters(*NETS)
+  def test_bfloat16_computation(self, name):
+    apply, params, moved = build(name)
+    half, other, _ = build(name, dtype="bfloat16")
+    for leaf in jax.tree.leaves(other):
+      self.assertEqual(leaf.dtype, jnp.float32)
+    want, got = apply(moved, X, T, S), half(moved, X, T, S)
+    self.assertEqual(got.dtype, jnp.float32)
+    # 2^-8 per operation, some dozen operations deep, of the output's scale.
+    error = float(jnp.abs(want - got).max() / jnp.abs(want).max())
+    self.assertBetween(error, 1e-6, 0.1)
+    _, small, _ = build(name, dtype="bfloat16", param_dtype="bfloat16")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(small):
+      norm = "norm" in jax.tree_util.keystr(path)  # RMSNorm scales: float32
+      self.assertEqual(leaf.dtype, jnp.float32 if norm else jnp.bfloat16)
+
+  @parameterized.parameters(*NETS)
+  def test_data_std_is_a_change_of_unit(self, name):
+    apply, _, moved = build(name)
+    scaled, _, _ = build(name, data_std=4.0)
+    np.testing.assert_allclose(
+      scaled(moved, 4 * X, T), 4 * apply(moved, X, T), rtol=1e-5, atol=1e-5
+    )
+
+  @parameterized.parameters(*NETS)
+  def test_what_the_config_lacks_is_refused(self, name):
+    apply, _, moved = build(name, two_times=False, num_classes=0)
+    with self.assertRaisesRegex(ValueError, "two_times=True"):
+      apply(moved, X, T, S)
+    with self.assertRaisesRegex(ValueError, "num_classes"):
+      apply(moved, X, T, labels=LABELS)
+
+  def test_embedding_is_slow_in_time(self):
+    # sum_k f_k^2, f_k = 1e4^(-k/64): the derivative of the default embedding.
+    embed = functools.partial(layers.time_embedding, width=mlp.SINUSOIDS)
+    t = jnp.linspace(0, 1, 101)
+    slope = jax.jvp(embed, (t,), (jnp.ones_like(t),))[1]
+    self.assertLessEqual(float(jnp.abs(slope).max()), 1.0)
+    exact = np.sqrt(np.sum(1e4 ** (-2 * np.arange(64) / 64)))
+    np.testing.assert_allclose(jnp.linalg.norm(slope, axis=1), exact, rtol=1e-4)
+    # Each MLP of the conditioning keeps it of order one: 2 is flow maps' bound.
+    net = mlp.Conditioning(32, two_times=True)
+    params = net.init(jax.random.key(0), t, t, None)["params"]
+    for argument in (0, 1):
+      primals = (jnp.full(101, 0.5), jnp.full(101, 0.5))
+      tangents = tuple(
+        jnp.ones(101) if i == argument else jnp.zeros(101) for i in (0, 1)
+      )
+      out = lambda a, b: net.apply({"params": params}, a, b, None)
+      slope = jax.jvp(out, primals, tangents)[1]
+      rms = jnp.sqrt(jnp.mean(slope**2, axis=1))
+      self.assertLess(float(rms.max()), 2.0)
+
+
+class DitTest(parameterized.TestCase):
+  def test_patches(self):
+    x = jnp.arange(2 * 4 * 6 * 2.0).reshape(2, 4, 6, 2)
+    patches = dit.patchify(x, 2)
+    self.assertEqual(patches.shape, (2, 6, 8))
+    # Patch 4 of 2 rows of 3 is rows 2:4, columns 2:4.
+    np.testing.assert_array_equal(patches[1, 4], x[1, 2:4, 2:4].ravel())
+    np.testing.assert_array_equal(dit.unpatchify(patches, 2, 3, 2), x)
+
+  @parameterized.parameters("sincos", "learned")
+  def test_positions_break_the_symmetry_of_patches(self, positions):
+    # Without positions, permuted patches give permuted outputs.
+    apply, _, moved = build("dit", positions=positions)
+    patches = dit.patchify(X, 2)
+    order = np.array([5, 1, 0, 2, 4, 3])
+    mixed = dit.unpatchify(patches[:, order], 2, 3, 2)
+    a = dit.patchify(apply(moved, X, T), 2)[:, order]
+    b = dit.patchify(apply(moved, mixed, T), 2)
+    self.assertGreater(float(jnp.abs(a - b).max()), 1e-2)
+    if positions == "learned":
+      moved = {**moved, "positions": jnp.zeros_like(moved["positions"])}
+      a = dit.patchify(apply(moved, X, T), 2)[:, order]
+      b = dit.patchify(apply(moved, mixed, T), 2)
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+  def test_sincos_positions(self):
+    place = dit.sincos_positions(3, 5, 8)
+    self.assertEqual(place.shape, (15, 8))
+    # Row 2, column 3: frequencies 1 and 1e-2.
+    want = [
+      f(a * w) for a in (2, 3) for f in (np.sin, np.cos) for w in (1, 0.01)
+    ]
+    np.testing.assert_allclose(place[2 * 5 + 3], want, rtol=1e-6)
+
+  @parameterized.parameters(
+    ({"heads": 3}, "width=16"),
+    ({"heads": 0}, "width=16"),
+    ({"width": 6, "heads": 2}, "width=6"),
+    ({"patch": 0}, "patch=0"),
+    ({"positions": "rotary"}, "positions='rotary'"),
+  )
+  def test_bad_configs(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(DIT, **changes)
+
+  def test_bad_shapes(self):
+    apply, _, moved = build("dit")
+    with self.assertRaisesRegex(ValueError, r"\(4, 5, 6, 2\)"):
+      apply(moved, jnp.zeros((4, 5, 6, 2)), T)
+
+
+if __name__ == "__main__":
+  absltest.main()
