@@ -56,7 +56,7 @@ def main() -> int:
       f"--suite {_SUITE.value} does not fit the model of task {cfg.task!r} in "
       f"--workdir {workdir}"
     )
-  dataset = data.load(cfg.data, cfg.seed)
+  dataset = tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, description)
   state = training.restore(workdir, cfg, task, mesh_lib.make({}))
   start = time.time()
@@ -113,8 +113,8 @@ def text(cfg, task, params: Any, dataset: data.Dataset) -> dict:
     ("random", text_quality.random_mask(rows, length, 0.15, seed=0)),
     ("gap", text_quality.gap_mask(rows, length, 32)),
   ):
-    truth = text_quality.true_nll(model, tokens, masked, tasks_lib.MASK)
-    curve, _ = text_quality.fill_curve(model, tokens, masked, tasks_lib.MASK)
+    truth = text_quality.true_nll(model, tokens, masked, tasks_lib.mask_token(cfg))
+    curve, _ = text_quality.fill_curve(model, tokens, masked, tasks_lib.mask_token(cfg))
     print(f"{name} masks, {rows} windows, true text {truth:.3f} nats per byte")
     for row in curve:
       print(f"  {_figures(row)}")

@@ -73,7 +73,7 @@ def main() -> int:
     num_tokens=_TOKENS.value,
     block_size=min(_BLOCK.value, _TOKENS.value),
     rule=_rule(cfg.task),
-    mask_token=tasks_lib.MASK if cfg.task == "masked" else None,
+    mask_token=tasks_lib.mask_token(cfg) if cfg.task == "masked" else None,
     temperature=_TEMPERATURE.value,
     key=jax.random.key(_SEED.value),
   )

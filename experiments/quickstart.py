@@ -149,7 +149,7 @@ class Run:
 def digits(run: Run) -> dict:
   """Stage 1: train on one half, sample, judge against the other half."""
   cfg = digits_flow.get_config()
-  dataset = data.load(cfg.data, cfg.seed)
+  dataset = tasks_lib.load_data(cfg)
   sigma_0 = dataset.description["std"]
   labels = None
   shape = tuple(dataset.description["shape"])
@@ -253,7 +253,7 @@ def batch(run: Run) -> dict:
   """Stage 2: three optimizers at equal epochs."""
   rows, lines = [], {}
   for label, cfg in comparison().items():
-    dataset = data.load(cfg.data, cfg.seed)
+    dataset = tasks_lib.load_data(cfg)
     name = "batch_" + label.lower().replace(" ", "_")
     state, task, seconds = run.train(cfg, name, dataset)
     evaluate = jax.jit(task.evaluate)
@@ -292,7 +292,7 @@ def batch(run: Run) -> dict:
 def text(run: Run) -> dict:
   """Stage 3: a masked-diffusion language model, one or many bytes per pass."""
   cfg = code_lm_quickstart.get_config()
-  dataset = data.load(cfg.data, cfg.seed)
+  dataset = tasks_lib.load_data(cfg)
   state, task, seconds = run.train(cfg, "text", dataset)
   history = metrics.read(run.folder / "text")
   bits = [r for r in history if "held_out_bits_per_byte" in r]
@@ -306,12 +306,12 @@ def text(run: Run) -> dict:
   out: dict[str, Any] = {}
   for name, masked in masks.items():
     curve, results = text_quality.fill_curve(
-      model, tokens, masked, tasks_lib.MASK
+      model, tokens, masked, tasks_lib.mask_token(cfg)
     )
     out[name] = curve
     at = [row["threshold"] for row in curve].index(0.9)
     out[name + "_true_nll"] = text_quality.true_nll(
-      model, tokens, masked, tasks_lib.MASK
+      model, tokens, masked, tasks_lib.mask_token(cfg)
     )
     out[name + "_text"] = [
       {

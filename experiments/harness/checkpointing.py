@@ -189,15 +189,13 @@ class Checkpoints:
         "leaves": {"/".join(path): _describe(x) for path, x in host.items()},
         "files": {name: _file_digest(staged / name) for name in _files(staged)},
       }
-      manifest = staged / MANIFEST
-      manifest.write_bytes(_encode(content))
-      _file_digest(manifest)  # for its sync
-      for folder in [staged, *(p for p in staged.rglob("*") if p.is_dir())]:
-        _sync_folder(folder)
+      (staged / MANIFEST).write_bytes(_encode(content))
+      for path in [*staged.rglob("*"), staged]:
+        _sync(path)
       if final.exists():
         self._discard(step)
       staged.rename(final)
-      _sync_folder(self._directory)
+      _sync(self._directory)
       self._intact.add(step)
       self._damaged.discard(step)
       self._prune()
@@ -343,13 +341,12 @@ def _files(folder: pathlib.Path) -> list[str]:
 
 
 def _file_digest(path: pathlib.Path) -> str:
-  """sha256 of a file, which is on disk, and not in a cache only, afterwards."""
   with path.open("rb") as file:
-    os.fsync(file.fileno())
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(path: pathlib.Path) -> None:
+def _sync(path: pathlib.Path) -> None:
+  """Returns when a file or folder is on disk, and not in a cache only."""
   handle = os.open(path, os.O_RDONLY)
   try:
     os.fsync(handle)

@@ -72,10 +72,8 @@ class Dataset:
   description: dict[str, Any]
 
 
-def load(
-  cfg: config_lib.Data, seed: int, vocab_size: int | None = None
-) -> Dataset:
-  """Opens `cfg.source`.
+def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
+  """Opens `cfg.source`; the splits depend on nothing else, no seed.
 
   digits: the 1,797 images [8, 8, 1] of scikit-learn, pixel / 8 - 1, in two
   stratified halves, 898 for training. stdlib: the Python source of the running
@@ -87,13 +85,11 @@ def load(
 
   Args:
     cfg: source, sequence length, held-out fraction.
-    seed: of the run; no split depends on it.
     vocab_size: tokens outside [0, vocab_size) are refused; None: any int32.
 
   Raises:
     InputError: if the source cannot be used, with its path and the reason.
   """
-  del seed
   kind, colon, path = cfg.source.partition(":")
   if kind == "digits" and not colon:
     return _digits(cfg)

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import data
 from giantsteps.models import dit, lact, mlp, transformer
 from giantsteps.research import flow_maps, large_batch
 from giantsteps.research.diffusion_lm import masked_diffusion
-
-MASK = 256  # after the 256 bytes
 
 
 class Task(NamedTuple):
@@ -61,6 +60,22 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
       return masked(cfg)
     case _:
       return autoregressive(cfg)
+
+
+def load_data(cfg: config_lib.Config) -> data.Dataset:
+  """The rows of a config; tokens beyond the model's vocabulary are refused."""
+  match cfg.task:
+    case "flow":
+      return data.load(cfg.data)
+    case "masked":
+      return data.load(cfg.data, mask_token(cfg))
+    case _:
+      return data.load(cfg.data, cfg.model.vocab_size)
+
+
+def mask_token(cfg: config_lib.Config) -> int:
+  """The last id of a masked model's vocabulary: 256 for bytes."""
+  return cfg.model.vocab_size - 1
 
 
 def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
@@ -173,15 +188,16 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
 
 
 def masked(cfg: config_lib.Config) -> Task:
-  """Masked diffusion (LLaDA, research/diffusion_lm) on bytes."""
-  network, module = _language_model(cfg, MASK + 1, causal=False)
+  """Masked diffusion (LLaDA, research/diffusion_lm)."""
+  init, module = _language_model(cfg, causal=False)
+  mask = mask_token(cfg)
 
   def corrupt(batch, key):
     tokens = batch["tokens"]
-    time, mask = jax.random.split(key)
+    time, place = jax.random.split(key)
     t = masked_diffusion.stratified_times(time, tokens.shape[0])
-    u = jax.random.uniform(mask, tokens.shape)
-    noisy, hidden, p = masked_diffusion.corrupt(tokens, t, u, MASK)
+    u = jax.random.uniform(place, tokens.shape)
+    noisy, hidden, p = masked_diffusion.corrupt(tokens, t, u, mask)
     return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
 
   def loss(params, arrays):
@@ -193,16 +209,16 @@ def masked(cfg: config_lib.Config) -> Task:
   def evaluate(params, batch, key):
     forward = lambda tokens: module.logits(cfg.model, params, tokens)
     nats = masked_diffusion.negative_log_likelihood_bound(
-      forward, batch["tokens"], key, MASK
+      forward, batch["tokens"], key, mask
     )
     return {"held_out_bits_per_byte": jnp.mean(nats) / jnp.log(2.0)}
 
-  return Task(network, corrupt, loss, evaluate, _bind(cfg, module))
+  return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
 
 
 def autoregressive(cfg: config_lib.Config) -> Task:
-  """Next-token prediction on bytes; the first byte of a row is given."""
-  network, module = _language_model(cfg, MASK, causal=True)
+  """Next-token prediction; the first token of a row is given."""
+  init, module = _language_model(cfg, causal=True)
 
   def loss(params, arrays):
     tokens = arrays["tokens"]
@@ -217,16 +233,14 @@ def autoregressive(cfg: config_lib.Config) -> Task:
     return {"held_out_bits_per_byte": loss(params, batch) / jnp.log(2.0)}
 
   corrupt = lambda batch, key: batch
-  return Task(network, corrupt, loss, evaluate, _bind(cfg, module))
+  return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
 
 
-def _language_model(cfg: config_lib.Config, vocab: int, causal: bool):
+def _language_model(cfg: config_lib.Config, causal: bool):
   """The init function and the module of a token model that fits the task."""
-  if cfg.model.vocab_size < vocab or cfg.model.causal != causal:
+  if cfg.model.causal != causal:
     raise config_lib.InputError(
-      f"task={cfg.task!r} wants model.causal={str(causal).lower()} and "
-      f"model.vocab_size >= {vocab}; they are "
-      f"{str(cfg.model.causal).lower()} and {cfg.model.vocab_size}"
+      f"task={cfg.task!r} wants model.causal={str(causal).lower()}"
     )
   if isinstance(cfg.model, lact.Config):
     module, network = lact, lact.Lact(cfg.model)

@@ -8,9 +8,7 @@ resuming is exact.
 
 import contextlib
 import functools
-import itertools
 import json
-import math
 import pathlib
 import signal
 import time
@@ -55,7 +53,10 @@ class Diverged(RuntimeError):
 def init_state(
   cfg: config_lib.Config, task: tasks_lib.Task, tx: optax.GradientTransformation
 ) -> State:
-  """The state before step 1, a pure function of the config."""
+  """The state before step 1, a pure function of the config.
+
+  To be jitted: only then do equal leaves own a buffer each, as donation needs.
+  """
   params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
   ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
   zero = jnp.zeros((), jnp.int32)
@@ -77,14 +78,14 @@ def make_update(
     key = jax.random.fold_in(root, state.step)
     arrays = task.corrupt(batch, key)
     loss, grads = _mean_gradient(task.loss, state.params, arrays, cfg.accumulate)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if cfg.optim.clip_norm:
       scale = jnp.minimum(1.0, cfg.optim.clip_norm / norm)
       grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = _average(cfg.ema_decay, state, params)
-    finite = jnp.isfinite(loss + norm + optax.global_norm(updates))
+    finite = jnp.isfinite(loss + norm + optax.tree.norm(updates))
     keep = functools.partial(jnp.where, finite)
     params, opt_state, ema = jax.tree.map(
       keep,
@@ -288,7 +289,7 @@ def train(
     workdir: config.json, metrics.jsonl and checkpoints go there; a run that
       was interrupted goes on from its newest intact checkpoint.
     mesh: devices; batch_size must be a multiple of its data axis.
-    dataset: what `data.load(cfg.data, cfg.seed)` returns, if at hand.
+    dataset: what `tasks.load_data(cfg)` returns, if at hand.
     label: beside the progress bar.
     stop: asked before each call of the program; True saves and returns.
     on_eval: called with (step, averaged parameters) at each evaluation.
@@ -306,7 +307,7 @@ def train(
       f"batch_size={cfg.batch_size} is not a multiple of --mesh data={shards} "
       f"times accumulate={cfg.accumulate}"
     )
-  dataset = dataset or data.load(cfg.data, cfg.seed)
+  dataset = dataset or tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, dataset.description)
   prepare_workdir(workdir, cfg, dataset.description)
   tx = tasks_lib.optimizer(cfg)
@@ -434,7 +435,7 @@ EVAL_ROWS = 1024  # rows of a held-out evaluation, at most
 def held_out(
   cfg: config_lib.Config, evaluate: Callable, split: data.Split, params: Any
 ) -> dict[str, float]:
-  """Means of `task.evaluate` over the first rows of a split.
+  """Means of `task.evaluate` over rows spread evenly over a split.
 
   The rows and the noise are the same at every call, so two figures differ by
   the parameters alone.
@@ -443,9 +444,9 @@ def held_out(
   size = min(cfg.batch_size, rows, 128)
   key = jax.random.key(7)
   totals: dict[str, list[float]] = {}
-  for i in itertools.islice(itertools.count(), math.floor(rows / size)):
-    indices = np.arange(i * size, (i + 1) * size)
-    batch = split.read(indices)
+  spread = np.linspace(0, split.num_rows - 1, rows).astype(np.int64)
+  for i in range(rows // size):
+    batch = split.read(spread[i * size : (i + 1) * size])
     values = evaluate(params, batch, jax.random.fold_in(key, i))
     for name, value in values.items():
       totals.setdefault(name, []).append(float(value))

@@ -143,8 +143,10 @@ def _minus_one(t):
 
 
 def _sin(t):
-  numpy = np if isinstance(t, np.ndarray | np.generic | float) else jnp
-  return numpy.sin(np.pi / 2 * t)
+  angle = np.pi / 2 * t
+  if isinstance(angle, np.ndarray | np.generic | float):
+    return np.sin(angle)
+  return jnp.sin(angle)
 
 
 def _cos(t):

@@ -223,20 +223,22 @@ def _plan(
     forbid_mask = False
   if not temperature >= 0:
     raise ValueError(f"temperature={temperature}: must be 0 or more")
-  random = temperature > 0 or rule.confidence == "random"
-  if random and key is None:
-    raise ValueError(
-      f"temperature={temperature}, confidence={rule.confidence!r}: give a key"
-    )
   streams = jnp.asarray(range(batch) if seeds is None else seeds)
   if streams.shape != (batch,):
     raise ValueError(f"seeds {streams.shape}: expected one per row, ({batch},)")
+  keys = None
+  if temperature > 0 or rule.confidence == "random":
+    if key is None:
+      raise ValueError(
+        f"temperature={temperature}, confidence={rule.confidence!r}: give a key"
+      )
+    keys = _row_keys(key, streams)
   return state.Plan(
     rule=rule,
     first=jnp.int32(first),
     forbidden=jnp.int32(mask_token if forbid_mask else -1),
     temperature=jnp.float32(temperature) if temperature > 0 else None,
-    keys=_row_keys(key, streams) if random else None,
+    keys=keys,
   )
 
 

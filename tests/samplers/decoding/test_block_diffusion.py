@@ -340,6 +340,18 @@ class GenerateTest(parameterized.TestCase):
       )
       self.assertEqual(got.nfe[i], alone.nfe[0])
 
+  def test_thresholds_per_row_follow_their_rows(self):
+    got = decoding.generate(
+      TOY,
+      TOKENS[:3, :3],
+      [2, 3, 2],
+      num_tokens=4,
+      block_size=None,
+      rule=decoding.threshold(np.array([0.0, 2.0, 2.0])),
+      mask_token=MASK,
+    )
+    np.testing.assert_array_equal(got.nfe, [1, 4, 4])
+
   def test_blocks_are_finished_in_order(self):
     got = decoding.generate(
       TOY,
