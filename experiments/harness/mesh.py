@@ -49,7 +49,10 @@ def make(sizes: Mapping[str, int]) -> Mesh:
       f"XLA_FLAGS=--xla_force_host_platform_device_count={count}"
     )
   return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count]
+    shape,
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices[:count],
   )
 
 

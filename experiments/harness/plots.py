@@ -43,7 +43,8 @@ def image_grid(
     y, x = i // columns * (height + 1), i % columns * (width + 1)
     canvas[y : y + height, x : x + width] = image
   figure, axes = pyplot.subplots(
-    figsize=(0.45 * columns + 1.5 * bool(row_labels), 0.47 * rows + 0.3), dpi=110
+    figsize=(0.45 * columns + 1.5 * bool(row_labels), 0.47 * rows + 0.3),
+    dpi=110,
   )
   shown = canvas[..., 0] if channels == 1 else canvas
   axes.imshow(shown, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

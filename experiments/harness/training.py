@@ -77,7 +77,9 @@ def make_update(
   def step(state: State, batch: dict) -> tuple[State, dict]:
     key = jax.random.fold_in(root, state.step)
     arrays = task.corrupt(batch, key)
-    loss, grads = _mean_gradient(task.loss, state.params, arrays, cfg.accumulate)
+    loss, grads = _mean_gradient(
+      task.loss, state.params, arrays, cfg.accumulate
+    )
     norm = optax.tree.norm(grads)
     if cfg.optim.clip_norm:
       scale = jnp.minimum(1.0, cfg.optim.clip_norm / norm)
@@ -411,9 +413,7 @@ class _Loop:
 
   def evaluation(self, step: int, state: State) -> None:
     """Held-out metrics of the averaged parameters."""
-    values = held_out(
-      self.cfg, self.evaluate, self.dataset.held_out, state.ema
-    )
+    values = held_out(self.cfg, self.evaluate, self.dataset.held_out, state.ema)
     self.writer.write(step, values | {"time": time.time()})
     logging.info(
       "step %d: %s",

@@ -146,7 +146,10 @@ def test_sample_and_generate_refuse_bad_input_in_one_line(files):
   lines, expected = zip(*cases, strict=True)
   check(invoke("sample", list(lines)), lines, expected)
   check(invoke("generate", list(lines)), lines, expected)
-  more = [[f"--workdir={folder}", "--solver=magic"], [f"--workdir={folder}", "--nfe=0"]]
+  more = [
+    [f"--workdir={folder}", "--solver=magic"],
+    [f"--workdir={folder}", "--nfe=0"],
+  ]
   check(invoke("sample", more), more, [["magic", "ddim"], ["0"]])
   more = [[f"--workdir={folder}", "--num_tokens=x"]]
   check(invoke("generate", more), more, [["x"]])
@@ -155,4 +158,6 @@ def test_sample_and_generate_refuse_bad_input_in_one_line(files):
 def test_help_explains_and_names_the_flags():
   for binary in ("train", "sample", "generate"):
     ((code, out, err),) = invoke(binary, [["--help"]])
-    assert code in (0, 1) and "--workdir" in out + err and "python -m" in out + err
+    assert (
+      code in (0, 1) and "--workdir" in out + err and "python -m" in out + err
+    )

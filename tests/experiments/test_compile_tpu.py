@@ -54,7 +54,9 @@ def test_training_step_on_eight_chips_reduces_gradients(mesh):
   compiled = update.lower(state, batches, jnp.int32(2)).compile()
   assert "all-reduce" in compiled.as_text()
   memory = compiled.memory_analysis()
-  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+  size = lambda tree: sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
   # the donated state is held once, the batch by an eighth
   assert memory.alias_size_in_bytes >= 0.99 * size(state)
   assert memory.argument_size_in_bytes < 2 * size(state) + size(batches)

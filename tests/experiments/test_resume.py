@@ -59,7 +59,9 @@ def leaves(workdir) -> dict[str, np.ndarray]:
   (base,) = {p.parent for p in folder.rglob("manifest.ocdbt")} & {
     folder / name for name in ("state", "default", ".")
   } or {next(folder.rglob("manifest.ocdbt")).parent}
-  store = ts.KvStore.open({"driver": "ocdbt", "base": f"file://{base}/"}).result()
+  store = ts.KvStore.open(
+    {"driver": "ocdbt", "base": f"file://{base}/"}
+  ).result()
   keys = [key.decode() for key in store.list().result()]
   names = [k.removesuffix("/.zarray") for k in keys if k.endswith("/.zarray")]
   assert len(names) > 10, keys
@@ -67,7 +69,9 @@ def leaves(workdir) -> dict[str, np.ndarray]:
     "driver": "zarr",
     "kvstore": {"driver": "ocdbt", "base": f"file://{base}/", "path": name},
   }
-  return {n: np.asarray(ts.open(spec(n)).result().read().result()) for n in names}
+  return {
+    n: np.asarray(ts.open(spec(n)).result().read().result()) for n in names
+  }
 
 
 def assert_equal_runs(one, two) -> None:

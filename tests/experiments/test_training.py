@@ -95,7 +95,8 @@ class StepTest(parameterized.TestCase):
     twin, _ = run(BASE, g[[0, 3]], tx=optax.adam(0.1))
     np.testing.assert_array_equal(state.params["w"], twin.params["w"])
     for a, b in zip(
-      jax.tree.leaves(state.opt_state), jax.tree.leaves(twin.opt_state),
+      jax.tree.leaves(state.opt_state),
+      jax.tree.leaves(twin.opt_state),
       strict=True,
     ):
       np.testing.assert_array_equal(a, b)

@@ -99,9 +99,7 @@ class InterpolantTest(parameterized.TestCase):
 class TwoClocksTest(parameterized.TestCase):
   @parameterized.product(kind=tuple(KINDS), sigma_0=(1.0, 0.5))
   def test_schedule(self, kind, sigma_0):
-    schedule, _ = flow_maps.to_sampler(
-      KINDS[kind], lambda s, t, x: x, sigma_0
-    )
+    schedule, _ = flow_maps.to_sampler(KINDS[kind], lambda s, t, x: x, sigma_0)
     t = np.linspace(0, 1, 21)
     a, b, da, db = weights(kind, 1 - t)
     alpha, sigma = schedule.alpha_sigma(t)
