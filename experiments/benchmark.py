@@ -15,7 +15,6 @@ import pathlib
 import time
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 
@@ -76,11 +75,10 @@ def main() -> int:
 def digits(cfg, task, params: Any, dataset: data.Dataset) -> dict:
   """Three noises; prints the mean and the range of every figure."""
   draw = sampling.sampler(task, dataset.description["std"])
-  labels = None
-  if cfg.model.num_classes:
-    labels = jnp.arange(dataset.train.num_rows) % cfg.model.num_classes
   runs = [
-    digits_quality.measure(draw, params, dataset, seed=seed, labels=labels)[0]
+    digits_quality.measure(
+      draw, params, dataset, seed=seed, conditional=cfg.model.num_classes > 0
+    )[0]
     for seed in range(3)
   ]
   names = ("fd_floor", "fd_fitted_gaussian", "fd_reference", "nearest_ratio")

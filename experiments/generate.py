@@ -103,7 +103,7 @@ def _rule(task: str):
     return decoding.autoregressive()
   if _RULE.value == "threshold":
     return decoding.threshold(_THRESHOLD.value)
-  return decoding.top_n(min(_BLOCK.value, _TOKENS.value))
+  return decoding.top_n(_TOKENS.value)
 
 
 def _prompts(seq_len: int) -> tuple[np.ndarray, np.ndarray]:

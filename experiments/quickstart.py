@@ -151,7 +151,7 @@ def digits(run: Run) -> dict:
   cfg = digits_flow.get_config()
   dataset = tasks_lib.load_data(cfg)
   sigma_0 = dataset.description["std"]
-  labels = None
+  labels = np.arange(64) % 10
   shape = tuple(dataset.description["shape"])
 
   def preview(step: int, params: Any) -> None:
@@ -171,7 +171,9 @@ def digits(run: Run) -> dict:
   task = tasks_lib.build(cfg, dataset.description)
   draw = sampling.sampler(task, sigma_0)
   state, _, seconds = run.train(cfg, "digits", dataset, on_eval=preview)
-  numbers, images = digits_quality.measure(draw, state.ema, dataset)
+  numbers, images = digits_quality.measure(
+    draw, state.ema, dataset, conditional=True
+  )
   shown = digits_quality.NFES
   rows = [images["dpm_solver_pp", n][:16] for n in shown]
   rows.append(images["dpm_solver_pp", digits_quality.REFERENCE_STEPS][:16])

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from giantsteps.experiments.harness import cli, plots, training
+from giantsteps.experiments.harness import cli, plots, sampling, training
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
-from giantsteps.experiments.harness import sampling
 from giantsteps.experiments.harness import tasks as tasks_lib
 
 _WORKDIR = flags.DEFINE_string(

@@ -5,7 +5,7 @@ One or two times (flow maps condition on s and t - s) and classes enter by
 """
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -96,7 +96,7 @@ class Dit(nn.Module):
         no place for s or labels.
     """
     cfg = self.config
-    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
     if x.ndim != 4 or x.shape[1] % cfg.patch or x.shape[2] % cfg.patch:
       raise ValueError(
         f"x {x.shape}: not [B, H, W, C] with sides in patches of {cfg.patch}"
@@ -123,7 +123,7 @@ class Dit(nn.Module):
       layers.remat(_Block, cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast,),
+      in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -144,7 +144,7 @@ class _Block(nn.Module):
   def __call__(self, h, c):
     """h [B, T, D], c [B, 1, D] -> (h, None), as nn.scan wants it."""
     cfg = self.config
-    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
     parts = mlp.modulation(6, cfg.width, dtypes, "modulation")(c)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
     y = nn.Dense(3 * cfg.width, name="qkv", **dtypes)(

@@ -139,10 +139,10 @@ def attention(
   wide = accumulator(q.dtype)
   scores = jnp.einsum("bgtk,bgsk->bgts", q, k, preferred_element_type=wide)
   scores = scores * (q.shape[-1] ** -0.5)
-  visible = _visible(length, k.shape[2], causal, window)
-  if visible is not None:
-    visible = np.tile(visible, (heads // groups, 1))[None, None]
-    scores = jnp.where(visible, scores, jnp.finfo(wide).min)
+  if causal or window is not None:
+    query = jnp.arange(scores.shape[2]) % length
+    visible = _visible(query, k.shape[2], causal, window)
+    scores = jnp.where(visible[None, None], scores, jnp.finfo(wide).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("bgts,bgsk->bgtk", weights, v)
   out = out.reshape(out.shape[0], heads, length, -1)
@@ -150,17 +150,15 @@ def attention(
 
 
 def _visible(
-  num_queries: int, num_keys: int, causal: bool, window: int | None
-) -> np.ndarray | None:
-  """bool [T, S], True where query i sees key j; None if it sees all."""
-  if not causal and window is None:
-    return None
-  distance = np.arange(num_queries)[:, None] - np.arange(num_keys)
-  visible = np.ones(distance.shape, bool)
+  query: jax.Array, num_keys: int, causal: bool, window: int | None
+) -> jax.Array:
+  """Positions [N] of the queries -> bool [N, S], True where j is seen."""
+  distance = query[:, None] - jnp.arange(num_keys)[None]
+  visible = jnp.ones(distance.shape, bool)
   if causal:
     visible &= distance >= 0
   if window is not None:
-    visible &= np.abs(distance) < window
+    visible &= jnp.abs(distance) < window
   return visible
 
 

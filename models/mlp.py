@@ -7,6 +7,7 @@ transformer (arXiv:2212.09748) and shared with `dit`.
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -78,7 +79,7 @@ class Mlp(nn.Module):
       ValueError: if the config has no place for s or labels.
     """
     cfg = self.config
-    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
     flat = x.reshape(x.shape[0], -1) / cfg.data_std
     h = nn.Dense(cfg.width, name="in", **dtypes)(flat)
     c = Conditioning(
@@ -93,7 +94,7 @@ class Mlp(nn.Module):
       layers.remat(_Block, cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast,),
+      in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
       metadata_params={nn.PARTITION_NAME: "layers"},
     )
@@ -113,7 +114,7 @@ class _Block(nn.Module):
   def __call__(self, h, c):
     """h [B, D], c [B, D] -> (h, None), as nn.scan wants it."""
     cfg = self.config
-    dtypes = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
     shift, scale, gate = modulation(3, cfg.width, dtypes, "modulation")(c)
     y = modulate(h, shift, scale)
     y = nn.Dense(cfg.expand * cfg.width, name="up", **dtypes)(y)
@@ -147,7 +148,7 @@ class Conditioning(nn.Module):
       raise ValueError("a second time s needs a config with two_times=True")
     if labels is not None and not self.num_classes:
       raise ValueError("labels need a config with num_classes > 0")
-    dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    dtypes: Any = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     dense = functools.partial(nn.Dense, self.width, **dtypes)
     embed = functools.partial(
       layers.time_embedding, width=SINUSOIDS, scale=self.time_scale
@@ -167,7 +168,7 @@ class Conditioning(nn.Module):
     return c
 
 
-def modulation(parts: int, width: int, dtypes: dict, name: str):
+def modulation(parts: int, width: int, dtypes: dict[str, Any], name: str):
   """The map c [B, D] -> `parts` arrays [B, width], zero at the start."""
   dense = nn.Dense(
     parts * width, kernel_init=nn.initializers.zeros, name=name, **dtypes

@@ -9,13 +9,16 @@ def get_config() -> config.Config:
   """The digits of the quickstart."""
   return config.Config(
     task="flow",
-    model=dit.Config(),
+    model=dit.Config(patch=4, width=128, depth=3, heads=2, num_classes=10),
     data=config.Data(source="digits"),
-    optim=config.Optim(name="lamb", learning_rate=1e-2, warmup=50),
-    steps=1_000,
+    optim=config.Optim(
+      name="lamb", learning_rate=0.02, warmup=50, b2=0.99, weight_decay=0.1
+    ),
+    steps=800,
     batch_size=512,
     steps_per_dispatch=20,
-    ema_decay=0.995,
+    ema_decay=0.99,
     log_every=10,
+    eval_every=100,
     checkpoint_every=200,
   )

@@ -51,6 +51,8 @@ class Optim:
   Attributes:
     name: which transform.
     learning_rate: peak of the schedule.
+    adam_learning_rate: muon only, the peak for everything that is no matrix
+      of the stack; 0: learning_rate.
     schedule: its shape after the warmup, from the peak to end_factor * peak.
     warmup: steps of linear rise from 0.
     end_factor: last rate / peak.
@@ -62,6 +64,7 @@ class Optim:
 
   name: Literal["lamb", "adamw", "muon"] = "lamb"
   learning_rate: float = 1e-2
+  adam_learning_rate: float = 0.0
   schedule: Literal["constant", "cosine", "linear"] = "cosine"
   warmup: int = 0
   end_factor: float = 0.0

@@ -31,6 +31,7 @@ SOURCES = ("digits", "stdlib", "npz:PATH", "text:PATH", "zarr:PATH")
 _SKIPPED_FOLDERS = {
   "site-packages",
   "dist-packages",
+  "pydoc_data",  # one generated text of 0.8 MB, no source
   "test",
   "tests",
   "idle_test",

@@ -26,7 +26,7 @@ def measure(
   *,
   seed: int = 0,
   nfes: Sequence[int] = NFES,
-  labels: jax.Array | None = None,
+  conditional: bool = False,
 ) -> tuple[dict, dict[tuple[str, int], np.ndarray]]:
   """Samples with every solver at every budget and measures.
 
@@ -36,7 +36,7 @@ def measure(
     dataset: the digits; as many images as its training half are drawn.
     seed: of the starting noise, the same for all solvers and budgets.
     nfes: calls of the model.
-    labels: [n] classes for class-conditional models.
+    conditional: ask for the classes of the training half, in its order.
 
   Returns:
     Numbers: the floor, the controls, one row per solver and NFE (fd and the
@@ -53,6 +53,7 @@ def measure(
   known = features(held_out)
   fd = lambda images: evaluation.frechet_distance(features(images), known)
   count = len(train)
+  labels = both[0]["label"] if conditional else None
   noise = jax.random.normal(jax.random.key(seed), train.shape)
   sample = lambda solver, nfe: np.asarray(
     draw(params, noise, sampling.table(solver, nfe, sigma_0), labels)

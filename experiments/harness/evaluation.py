@@ -176,7 +176,7 @@ def digits_features(
   epochs = 300
   net = neural_network.MLPClassifier(
     (64,),
-    batch_size=64,
+    batch_size=64,  # pyright: ignore[reportArgumentType]
     max_iter=epochs,
     n_iter_no_change=epochs,  # all of them: no early end that hangs on a tie
     random_state=seed,

@@ -81,18 +81,7 @@ def mask_token(cfg: config_lib.Config) -> int:
 def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
   """The transform of `cfg.optim`, its schedule over `cfg.steps`."""
   o = cfg.optim
-  rest = max(cfg.steps - o.warmup, 1)
-  match o.schedule:
-    case "constant":
-      tail = optax.constant_schedule(o.learning_rate)
-    case "cosine":
-      tail = optax.cosine_decay_schedule(o.learning_rate, rest, o.end_factor)
-    case _:
-      end = o.learning_rate * o.end_factor
-      tail = optax.linear_schedule(o.learning_rate, end, rest)
-  # step t (from 0) of w warm-up steps has (t + 1)/w of the peak: never zero
-  rise = lambda t: o.learning_rate * jnp.minimum(1.0, (t + 1) / o.warmup)
-  rate = optax.join_schedules([rise, tail], [o.warmup]) if o.warmup else tail
+  rate = schedule(cfg, o.learning_rate)
   match o.name:
     case "lamb":
       return large_batch.lamb(
@@ -113,31 +102,47 @@ def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
         weight_decay=o.weight_decay,
         mask=large_batch.matrices,
       )
+    case _:  # Muon for the matrices of the stack, AdamW for everything else
+      return optax.contrib.muon(
+        rate,
+        adam_b1=o.b1,
+        adam_b2=o.b2,
+        weight_decay=o.weight_decay,
+        adam_learning_rate=schedule(
+          cfg, o.adam_learning_rate or o.learning_rate
+        ),
+        muon_weight_dimension_numbers=_muon_axes,
+      )
+
+
+def schedule(cfg: config_lib.Config, peak: float) -> Callable:
+  """step (from 0) -> rate: linear rise over the warm-up, then `cfg.optim`."""
+  o = cfg.optim
+  rest = max(cfg.steps - o.warmup, 1)
+  match o.schedule:
+    case "constant":
+      tail = optax.constant_schedule(peak)
+    case "cosine":
+      tail = optax.cosine_decay_schedule(peak, rest, o.end_factor)
     case _:
-      return _muon(rate, o)
+      tail = optax.linear_schedule(peak, peak * o.end_factor, rest)
+  # step t (from 0) of w warm-up steps has (t + 1)/w of the peak: never zero
+  rise = lambda t: peak * jnp.minimum(1.0, (t + 1) / o.warmup)
+  return optax.join_schedules([rise, tail], [o.warmup]) if o.warmup else tail
 
 
-def _muon(rate: Any, o: config_lib.Optim) -> optax.GradientTransformation:
-  """Muon for the matrices of the stack, AdamW for everything else."""
+def _muon_axes(params: Any) -> Any:
+  """(input, output) axes of the stacked matrices [L, in, out], else None."""
 
-  def dimensions(params):
-    return jax.tree_util.tree_map_with_path(_matrix_axes, params)
+  def axes(path, leaf):
+    *_, above, name = ("", *(getattr(key, "key", "") for key in path))
+    stacked = getattr(path[0], "key", "") == "layers" and leaf.ndim == 3
+    matrix = name == "kernel" and not above.startswith("conv_")
+    return (
+      optax.contrib.MuonDimensionNumbers(1, 2) if stacked and matrix else None
+    )
 
-  return optax.contrib.muon(
-    rate,
-    adam_b1=o.b1,
-    adam_b2=o.b2,
-    weight_decay=o.weight_decay,
-    muon_weight_dimension_numbers=dimensions,
-  )
-
-
-def _matrix_axes(path: Any, leaf: jax.Array) -> Any:
-  """(input, output) axes of a stacked matrix [L, in, out], or None."""
-  stacked = any(getattr(k, "key", None) == "layers" for k in path)
-  if not stacked or leaf.ndim != 3:
-    return None
-  return optax.contrib.MuonDimensionNumbers(1, 2)
+  return jax.tree_util.tree_map_with_path(axes, params)
 
 
 def flow(cfg: config_lib.Config, description: dict) -> Task:
@@ -195,9 +200,16 @@ def masked(cfg: config_lib.Config) -> Task:
   def corrupt(batch, key):
     tokens = batch["tokens"]
     time, place = jax.random.split(key)
-    t = masked_diffusion.stratified_times(time, tokens.shape[0])
-    u = jax.random.uniform(place, tokens.shape)
-    noisy, hidden, p = masked_diffusion.corrupt(tokens, t, u, mask)
+    rows, length = tokens.shape
+    # Differs from the paper: exactly 1 + floor(t L) bytes of a row are masked,
+    # not each with probability t. The same bound (its equation 6), and a row
+    # that drew few masks weighs no more than the others.
+    t = masked_diffusion.stratified_times(time, rows)
+    counts = jnp.minimum(1 + (t * length).astype(jnp.int32), length)
+    everything = jnp.ones(tokens.shape, bool)
+    hidden = masked_diffusion.exact_count_mask(place, counts, everything)
+    p = jnp.broadcast_to((counts / length)[:, None], tokens.shape)
+    noisy = jnp.where(hidden, mask, tokens)
     return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
 
   def loss(params, arrays):

@@ -429,7 +429,7 @@ class _Loop:
     return step
 
 
-EVAL_ROWS = 1024  # rows of a held-out evaluation, at most
+EVAL_ROWS = 512  # rows of a held-out evaluation, at most
 
 
 def held_out(

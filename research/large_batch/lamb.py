@@ -114,12 +114,12 @@ def lamb(
       unscaled=treedef.unflatten(unscaled),
     )
 
-  def update(grads, state: LambState, params=None):
+  def update(updates, state, params=None):
     if params is None:
       raise ValueError(
-        "lamb needs the parameters: update(grads, state, params)"
+        "lamb needs the parameters: update(updates, state, params)"
       )
-    count = optax.safe_increment(state.count)
+    count = jnp.asarray(optax.safe_increment(state.count))
     rate = learning_rate
     if callable(rate):
       rate = rate(state.count)
@@ -141,7 +141,7 @@ def lamb(
       return scaled, m, v
 
     treedef = jax.tree.structure(params)
-    trees = (grads, state.mu, state.nu, params, state.unscaled)
+    trees = (updates, state.mu, state.nu, params, state.unscaled)
     columns = [treedef.flatten_up_to(tree) for tree in trees]
     columns.append(stacked_axes(params, layer_axes))
     columns += [_mask(mask, params) for mask in (trust_mask, decay_mask)]

@@ -16,7 +16,11 @@ formula below is their solution; on the paths where papers write shorter forms
 | angle | v / hypot(alpha, sigma) | d(x / hypot) / d phi, phi the angle |
 """
 
+from collections.abc import Callable
 from typing import Any
+
+import jax
+import jax.numpy as jnp
 
 KINDS = ("eps", "x0", "v", "flow", "velocity", "score", "angle")
 
@@ -111,3 +115,33 @@ def convert(
   """
   z, out = affine(source, target, alpha, sigma, rate)
   return z * x + out * output
+
+
+def edm_denoiser(
+  network: Callable[[jax.Array, jax.Array], jax.Array],
+  *,
+  sigma_data: float = 0.5,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """The preconditioning of EDM (arXiv:2206.00364, eq. 7 and table 1).
+
+      x0 = c_skip x + c_out F(c_in x, log(sigma) / 4)
+
+  with r^2 = sigma^2 + sigma_data^2: c_skip = sigma_data^2 / r^2, c_out =
+  sigma sigma_data / r, c_in = 1 / r.
+
+  Args:
+    network: F(x [B, ...], time [B]) -> [B, ...].
+    sigma_data: standard deviation of the data the network was trained on.
+
+  Returns:
+    predict(x, sigma [B]) -> x0, for `schedules.edm` and prediction "x0".
+  """
+
+  def predict(x, sigma):
+    level = sigma.reshape(-1, *(1,) * (x.ndim - 1))
+    square = level**2 + sigma_data**2
+    out = network(x / jnp.sqrt(square), jnp.log(sigma) / 4)
+    skip = sigma_data**2 / square
+    return skip * x + level * sigma_data / jnp.sqrt(square) * out
+
+  return predict

@@ -203,6 +203,149 @@ def rectified_flow(shift: float = 1.0) -> Schedule:
   return Schedule(alpha_sigma, rate, t_of_lambda, 0.0, 1.0, model_time)
 
 
+def dynamic_shift(
+  num_tokens: int,
+  *,
+  base_tokens: int = 256,
+  max_tokens: int = 4096,
+  base_shift: float = 0.5,
+  max_shift: float = 1.15,
+) -> float:
+  """The shift s = e^mu of FLUX, mu linear in the tokens of the image.
+
+  mu = base_shift at base_tokens and max_shift at max_tokens; give it to
+  `rectified_flow`.
+  """
+  slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+  return float(np.exp(base_shift + (num_tokens - base_tokens) * slope))
+
+
+def discrete(
+  betas: ArrayLike,
+  *,
+  clock: str = "dpm_solver",
+  lambda_min: float = -np.inf,
+) -> Schedule:
+  """A model of N noise levels (DDPM, arXiv:2006.11239), made continuous.
+
+  log alpha = L with L_i = sum_(j <= i) log(1 - beta_j) / 2 at t_i =
+  (i + 1) / N, linear in t between the t_i (DPM-Solver, arXiv:2206.00927,
+  appendix D.1), and 0 at t = 0. Where the last alpha is 0 (zero terminal
+  SNR), alpha instead of L is linear in the last interval.
+  Differs from the paper: below t_0 = 1 / N the line is drawn to (0, 0), so
+  that t = 0 is data exactly; extended from t_0 and t_1, L would become
+  positive.
+
+  Args:
+    betas: [N] in (0, 1), the last one may be 1; see `betas`.
+    clock: what the model is told: "dpm_solver", 1000 (t - 1 / N), or
+      "diffusers", the integer i nearest to N t - 1.
+    lambda_min: t_max is the last t_i with lambda at least that; -5.1 is the
+      custom for `betas.squared_cosine`.
+
+  Raises:
+    ValueError: betas of another shape or range, an unknown clock, nothing
+      above lambda_min.
+  """
+  betas = np.asarray(betas, np.float64)
+  if betas.ndim != 1 or betas.size < 2:
+    raise ValueError(f"betas must be [N] with N >= 2, not {betas.shape}")
+  if not ((betas > 0).all() and (betas[:-1] < 1).all() and betas[-1] <= 1):
+    raise ValueError(f"betas must be in (0, 1): {betas.min()} {betas.max()}")
+  if clock not in ("dpm_solver", "diffusers"):
+    raise ValueError(f"unknown clock {clock!r}; choose dpm_solver or diffusers")
+  num = betas.size
+  with np.errstate(divide="ignore"):
+    log = np.append(0.0, np.cumsum(np.log1p(-betas)) / 2)  # [N + 1]
+  grid = np.arange(num + 1) / num
+  # alpha at the node before a last alpha of 0; the last interval is linear
+  edge = np.exp(log[-2]) if np.isinf(log[-1]) else None
+  nodes = num if edge is not None else num + 1
+
+  def log_alpha(t):
+    t = np.asarray(t, np.float64)
+    inner = np.interp(t, grid[:nodes], log[:nodes], left=np.nan, right=np.nan)
+    if edge is None:
+      return inner
+    with np.errstate(divide="ignore", invalid="ignore"):
+      last = np.log(num * (1 - t)) + log[-2]
+    return np.where(t > grid[-2], last, inner)
+
+  def alpha_sigma(t):
+    log = log_alpha(t)
+    return np.exp(log), np.sqrt(np.abs(np.expm1(2 * log)))
+
+  def rate(t):
+    t = np.asarray(t, np.float64)
+    alpha, sigma = alpha_sigma(t)
+    i = np.clip(np.searchsorted(grid, t, side="right") - 1, 0, num - 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+      slope = alpha * num * (log[i + 1] - log[i])
+      if edge is not None:
+        slope = np.where(i == num - 1, -num * edge, slope)
+      return slope, -alpha * slope / sigma
+
+  def t_of_lambda(lam):
+    lam = np.asarray(lam, np.float64)
+    level = -np.logaddexp(0.0, -2 * lam) / 2  # log alpha
+    inner = np.interp(-level, -log[:nodes], grid[:nodes])
+    if edge is None:
+      return inner
+    return np.where(level < log[-2], 1 - np.exp(level - log[-2]) / num, inner)
+
+  def model_time(t):
+    t = np.asarray(t, np.float64)
+    if clock == "dpm_solver":
+      return 1000 * (t - 1 / num)
+    return np.clip(np.round(num * t - 1), 0, num - 1)
+
+  lam = log[1:] - np.log(-np.expm1(2 * log[1:])) / 2
+  above = np.nonzero(lam >= lambda_min)[0]
+  if not above.size:
+    raise ValueError(f"lambda_min={lambda_min}: betas reach {lam[0]:.3g} only")
+  t_max = float(grid[above[-1] + 1])
+  return Schedule(alpha_sigma, rate, t_of_lambda, 1 / num, t_max, model_time)
+
+
+def on_clock(model: Schedule, clock: Schedule) -> Schedule:
+  """The path of `model` in the time of `clock`: any model on any schedule.
+
+  At time t the state is that of the model's own path where its log-SNR is
+  lambda_clock(t). The probability-flow ODE (and the SDE) along `clock` is
+  this one up to the factor hypot(alpha, sigma) between the two states, and no
+  solver can tell them apart; so grids, the variable "t" and the end points
+  are those of `clock`, and the model sees inputs and times it was trained on.
+  Start from alpha x0 + sigma eps of the returned schedule.
+
+  Args:
+    model: the schedule the model was trained on.
+    clock: the schedule to sample along.
+  """
+
+  def own(t):
+    return model.t_of_lambda(clock.lam(t))
+
+  def rate(t):
+    def lambda_rate(schedule, t):
+      alpha, sigma = schedule.alpha_sigma(t)
+      d_alpha, d_sigma = schedule.rate(t)
+      return d_alpha / alpha - d_sigma / sigma
+
+    with np.errstate(divide="ignore", invalid="ignore"):
+      speed = lambda_rate(clock, t) / lambda_rate(model, own(t))
+    d_alpha, d_sigma = model.rate(own(t))
+    return d_alpha * speed, d_sigma * speed
+
+  return Schedule(
+    alpha_sigma=lambda t: model.alpha_sigma(own(t)),
+    rate=rate,
+    t_of_lambda=clock.t_of_lambda,
+    t_min=clock.t_min,
+    t_max=clock.t_max,
+    model_time=lambda t: model.model_time(own(t)),
+  )
+
+
 def from_functions(
   alpha_sigma: Callable[[ArrayLike], tuple[np.ndarray, np.ndarray]],
   rate: Callable[[ArrayLike], tuple[np.ndarray, np.ndarray]],

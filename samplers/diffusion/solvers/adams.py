@@ -23,6 +23,9 @@ def adams(
   order: int = 2,
   corrector: bool = True,
   final: str = "full",
+  warm_up: str = "lower",
+  denoise_to_zero: bool = False,
+  threshold: float | tuple[float, ...] | None = None,
 ) -> Table:
   """x_b = (S_b / S_a) x_a + S_b sum_j w_j m_j, w_j = int ell_j(u) dmu.
 
@@ -47,22 +50,38 @@ def adams(
     final: "full" (the order is kept to the end, an error where that is
       undefined), "none" (kept where defined), "ramp" (.., 3, 2, 1) or
       "ddim_last".
+    warm_up: without corrector, the first order - 1 steps: "lower" or
+      "corrected", see `exponential.corrected_steps`.
+    denoise_to_zero: return x0 of one more call at the last node.
+    threshold: quantile of dynamic thresholding of x0, or (quantile, floor[,
+      cap]), see `tables.threshold`; gauge "data".
 
   Returns:
-    A table of N rows: N model calls.
+    A table of N rows, N + 1 with denoise_to_zero: as many model calls.
 
   Raises:
     ValueError: unknown settings, times that do not fall, a prediction that
       says nothing at one of the nodes.
   """
-  at = exponential.nodes(schedule, times)
-  return exponential.multistep(
+  if threshold is not None and gauge != "data":
+    raise ValueError("threshold clips x0 and needs gauge='data'")
+  at = exponential.nodes(schedule, times, gauge)
+  table = exponential.multistep(
     at,
     functools.partial(exponential.lagrange_weights, gauge, variable, at),
     prediction=prediction,
     gauge=gauge,
     variable=variable,
     order=order,
-    corrector=corrector,
+    corrected=exponential.corrected_steps(
+      at.t.size - 1, order, corrector=corrector, warm_up=warm_up
+    ),
     final=final,
+  )
+  return exponential.with_ends(
+    table,
+    at,
+    prediction=prediction,
+    denoise_to_zero=denoise_to_zero,
+    threshold=threshold,
   )

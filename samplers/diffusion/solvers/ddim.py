@@ -13,6 +13,8 @@ def ddim(
   *,
   prediction: str,
   eta: float = 0.0,
+  denoise_to_zero: bool = False,
+  threshold: float | tuple[float, ...] | None = None,
 ) -> Table:
   """x_s = alpha_s x0 + sqrt(sigma_s^2 - v^2) eps + v xi.
 
@@ -28,9 +30,12 @@ def ddim(
     prediction: what the model returns: "eps", "x0", "v", "flow", "velocity"
       or "score".
     eta: 0 deterministic, 1 ancestral; in [0, 1].
+    denoise_to_zero: return x0 of one more call at the last node.
+    threshold: quantile of dynamic thresholding of x0, or (quantile, floor[,
+      cap]), see `tables.threshold`.
 
   Returns:
-    A table of N rows: N model calls. Order 1. With eta > 0 `tables.sample`
+    A table of N rows, N + 1 with denoise_to_zero: as many model calls. Order 1. With eta > 0 `tables.sample`
     needs a key or noise.
 
   Raises:
@@ -45,12 +50,19 @@ def ddim(
   num, zeros = keep.size, np.zeros((keep.size, exponential.MIN_TARGETS))
   history = zeros.copy()
   history[:, 0] = at.alpha[1:] - keep * at.alpha[:-1]
-  return Table(
+  table = Table(
     time=at.model_time(),
-    target=exponential.targets(at, prediction, "data"),
+    target=exponential.targets(schedule, at.t[:-1], prediction, "data"),
     anchor=np.tile([0.0, 1.0], (num, 1)),
     corrector=zeros,
     advance=keep,
     history=history,
     noise=eta * at.sigma[1:] * np.sqrt(-np.expm1(-2 * np.diff(at.lam))),
+  )
+  return exponential.with_ends(
+    table,
+    at,
+    prediction=prediction,
+    denoise_to_zero=denoise_to_zero,
+    threshold=threshold,
   )

@@ -18,10 +18,12 @@ the angular velocity and is Euler in phi. Everything is float64 on the host.
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from numpy.typing import ArrayLike
 
 from giantsteps.samplers.diffusion import predictions
 from giantsteps.samplers.diffusion.schedules import Schedule
@@ -31,6 +33,15 @@ TARGETS = {"data": "x0", "noise": "eps", "flow": "flow", "angle": "angle"}
 VARIABLES = ("lambda", "t", "rho", "phi", "flow")
 MIN_TARGETS = 4  # columns of history, so that most tables share a program
 QUADRATURE = np.polynomial.legendre.leggauss(48)
+
+
+class Point(NamedTuple):
+  """A point of the path."""
+
+  t: float
+  alpha: float
+  sigma: float
+  lam: float
 
 
 class Nodes(NamedTuple):
@@ -47,12 +58,20 @@ class Nodes(NamedTuple):
     """What the model is told at every node but the last, [N]."""
     return np.asarray(self.schedule.model_time(self.t[:-1]), np.float64)
 
+  def point(self, i: int) -> Point:
+    """The i-th node."""
+    values = self.t[i], self.alpha[i], self.sigma[i], self.lam[i]
+    return Point(*(float(value) for value in values))
 
-def nodes(schedule: Schedule, times: np.ndarray) -> Nodes:
+
+def nodes(
+  schedule: Schedule, times: np.ndarray, gauge: str | None = None
+) -> Nodes:
   """Evaluates the schedule at `times` [N + 1], N >= 1, and checks them.
 
   Raises:
-    ValueError: times that do not fall strictly, or lie outside the schedule.
+    ValueError: times that do not fall strictly, or lie outside the schedule,
+      or start at alpha = 0 if the gauge is "noise".
   """
   t = np.asarray(times, np.float64)
   if t.ndim != 1 or t.size < 2:
@@ -73,6 +92,11 @@ def nodes(schedule: Schedule, times: np.ndarray) -> Nodes:
     raise ValueError(
       f"times must fall strictly from noise to data: times[{i}] = {t[i]} is"
       f" followed by {t[i + 1]}; drop duplicates, or sort descending"
+    )
+  if gauge == "noise" and alpha[0] == 0:
+    raise ValueError(
+      f"gauge 'noise' cannot start where alpha = 0 (t = {t[0]}); use gauge"
+      " 'data', 'flow' or 'angle', or a smaller first time"
     )
   with np.errstate(divide="ignore"):
     lam = np.log(alpha) - np.log(sigma)
@@ -104,7 +128,28 @@ def step_orders(num_steps: int, order: int, final: str) -> np.ndarray:
   return orders
 
 
-def scale(gauge: str, alpha: np.ndarray, sigma: np.ndarray) -> np.ndarray:
+def corrected_steps(
+  num_steps: int, order: int, *, corrector: bool, warm_up: str = "lower"
+) -> range:
+  """Steps that `multistep` corrects.
+
+  Args:
+    num_steps: N.
+    order: targets of the full predictor.
+    corrector: all steps.
+    warm_up: without a corrector, what becomes of the first order - 1 steps,
+      which have fewer targets: "lower" leaves them so, "corrected" redoes
+      them. Two targets make the first step third order, so that a method of
+      order 3 is.
+  """
+  if warm_up not in ("lower", "corrected"):
+    raise ValueError(f"unknown warm_up {warm_up!r}; choose lower or corrected")
+  if corrector:
+    return range(num_steps)
+  return range(order - 1 if warm_up == "corrected" else 0)
+
+
+def scale(gauge: str, alpha: Any, sigma: Any) -> Any:
   """S of the gauge."""
   match gauge:
     case "data":
@@ -206,6 +251,7 @@ def lambda_weights(
   *,
   two_point: str = "exact",
   kappa: float = 1.0,
+  eta: np.ndarray | None = None,
 ) -> np.ndarray:
   """`lagrange_weights` in u = lambda by closed form, data and noise gauge.
 
@@ -220,19 +266,25 @@ def lambda_weights(
     two_point: what stands for J_1 where P = 2: "exact" J_1, "bh1" h / 2,
       "bh2" J_0 / 2 (arXiv:2302.04867).
     kappa: factor of J_2 where P = 3.
+    eta: [N] noise of the steps: J_k(h) becomes J_k((1 + eta) h) in the data
+      gauge, (1 + eta) J_k(h) in the noise gauge.
 
   Returns:
     [P], in the order of points.
   """
   h = at.lam[b] - at.lam[b - 1]
   c = (at.lam[points] - at.lam[b - 1]) / h
+  gain = 1.0 if eta is None else 1.0 + eta[b - 1]
+  if gauge == "data":
+    h, factor = gain * h, at.alpha[b]
+  else:
+    factor = -gain * at.sigma[b]
   j = moments(h, len(points), -1 if gauge == "data" else 1)
   if len(points) == 2:
     j[1] = {"exact": j[1], "bh1": h / 2, "bh2": j[0] / 2}[two_point]
   if len(points) == 3:
     j[2] *= kappa
-  weights = np.linalg.solve(np.vander(c, increasing=True).T, j)
-  return weights * (at.alpha[b] if gauge == "data" else -at.sigma[b])
+  return factor * np.linalg.solve(np.vander(c, increasing=True).T, j)
 
 
 def multistep(
@@ -243,15 +295,18 @@ def multistep(
   gauge: str,
   variable: str,
   order: int,
-  corrector: bool,
+  corrected: Collection[int],
   final: str,
+  eta: np.ndarray | None = None,
 ) -> Table:
   """Assembles the table of a multistep solver.
 
-  Step i goes from node i to i + 1 and uses the targets at i, i - 1, ..; with
-  a corrector, row i first redoes step i - 1 with its own target added. The
-  last step is never corrected (that would cost a call). Where u is infinite
+  Step i goes from node i to i + 1 and uses the targets at i, i - 1, ..; if
+  step i - 1 is to be corrected, row i first redoes it with its own target
+  added. The last step never is (that would cost a call). Where u is infinite
   at an end of a step, or S_b = 0, nothing but DDIM is defined, and it is used.
+  A corrected stochastic step keeps its noise: base = z + sum (new weights -
+  old weights) m.
 
   Args:
     at: from `nodes`.
@@ -261,11 +316,13 @@ def multistep(
     gauge: key of `TARGETS`.
     variable: u, one of `VARIABLES`.
     order: targets per step, 1 to 4.
-    corrector: redo each step but the last with one more target.
+    corrected: steps to redo with one more target: a range, a set, see
+      `corrected_steps`.
     final: as in `step_orders`.
+    eta: [N] >= 0, noise of the steps in the data or noise gauge.
 
   Returns:
-    A table of N rows, K = max(4, order + corrector).
+    A table of N rows, K = 4, or 5 for order 4 with corrected steps.
 
   Raises:
     ValueError: unknown or unusable settings, with the reason.
@@ -275,7 +332,8 @@ def multistep(
   num = at.t.size - 1
   orders = step_orders(num, order, final)
   s = scale(gauge, at.alpha, at.sigma)
-  target = targets(at, prediction, gauge)
+  eta = np.zeros(num) if eta is None else eta
+  target = targets(at.schedule, at.t[:-1], prediction, gauge)
   finite = np.isfinite(coordinate(variable, at.schedule, at.alpha, at.sigma))
   usable = finite[:-1] & finite[1:] & (s[1:] > 0)  # [N], of the steps
   if final == "full" and orders[-1] > 1 and not usable[-1]:
@@ -284,22 +342,29 @@ def multistep(
       f" the run ends at alpha={at.alpha[-1]}, sigma={at.sigma[-1]}; use"
       " gauge 'flow' or 'angle' with 'flow', 'phi' or 't', or final='ramp'"
     )
-  width = max(MIN_TARGETS, order + corrector)
+  width = max(MIN_TARGETS, order + (len(corrected) > 0))
   anchor, advance = np.tile([0.0, 1.0], (num, 1)), np.empty(num)
   correct, history = np.zeros((2, num, width))
+  noise = np.zeros(num)
   for i in range(num):
     if usable[i]:
       points = _points(finite, i, orders[i])
-      advance[i] = s[i + 1] / s[i]
       history[i, i - points] = weights(points, i + 1)
+      advance[i], noise[i] = decay(gauge, at.point(i), at.point(i + 1), eta[i])
     else:
-      advance[i], history[i, 0] = _ddim_step(at, gauge, i)
-    if corrector and i > 0 and usable[i - 1]:
+      advance[i], history[i, 0], noise[i] = ddim_step(
+        gauge, at.point(i), at.point(i + 1), eta[i]
+      )
+    if i > 0 and usable[i - 1] and i - 1 in corrected:
       points = _points(finite, i, orders[i - 1] + 1)
-      anchor[i] = s[i] / s[i - 1], 0.0
       correct[i, i - points] = weights(points, i)
-  time, noise = at.model_time(), np.zeros(num)
-  return Table(time, target, anchor, correct, advance, history, noise)
+      if noise[i - 1]:
+        correct[i, 1:] -= history[i - 1, :-1]
+      else:
+        anchor[i] = s[i] / s[i - 1], 0.0
+  return Table(
+    at.model_time(), target, anchor, correct, advance, history, noise
+  )
 
 
 def _points(finite: np.ndarray, newest: int, num: int) -> np.ndarray:
@@ -308,40 +373,121 @@ def _points(finite: np.ndarray, newest: int, num: int) -> np.ndarray:
   return points[finite[points]]
 
 
-def _ddim_step(at: Nodes, gauge: str, a: int) -> tuple[float, float]:
-  """(weight of x_a, weight of m_a) that keep x0 and eps, in any gauge."""
-  alpha, sigma = at.alpha, at.sigma
-  d0, d1 = predictions.combination(TARGETS[gauge], alpha[a], sigma[a])
-  determinant = alpha[a] * d1 - sigma[a] * d0
+def decay(gauge: str, a: Point, b: Point, eta: float) -> tuple[float, float]:
+  """(weight of x_a, standard deviation of the noise) of the step a -> b."""
+  ratio = scale(gauge, b.alpha, b.sigma) / scale(gauge, a.alpha, a.sigma)
+  if eta == 0:
+    return ratio, 0.0
+  h = b.lam - a.lam
+  if gauge == "data":
+    spread = np.sqrt(-np.expm1(-2 * eta * h))
+    return ratio * np.exp(-eta * h), b.sigma * spread
+  return ratio, b.sigma * np.sqrt(eta * np.expm1(2 * h))
+
+
+def ddim_step(
+  gauge: str, a: Point, b: Point, eta: float
+) -> tuple[float, float, float]:
+  """Weights of x_a and m_a that keep x0 (and eps, if eta = 0); the noise."""
+  if eta > 0:
+    h = b.lam - a.lam
+    keep = b.sigma / a.sigma * np.exp(-eta * h)
+    gain = b.alpha - keep * a.alpha
+    z, out = predictions.affine(TARGETS[gauge], "x0", a.alpha, a.sigma)
+    noise = b.sigma * np.sqrt(-np.expm1(-2 * eta * h))
+    return keep + gain * z, gain * out, noise
+  d0, d1 = predictions.combination(TARGETS[gauge], a.alpha, a.sigma)
+  determinant = a.alpha * d1 - a.sigma * d0
   return (
-    (alpha[a + 1] * d1 - sigma[a + 1] * d0) / determinant,
-    (alpha[a] * sigma[a + 1] - sigma[a] * alpha[a + 1]) / determinant,
+    (b.alpha * d1 - b.sigma * d0) / determinant,
+    (a.alpha * b.sigma - a.sigma * b.alpha) / determinant,
+    0.0,
   )
 
 
-def targets(at: Nodes, prediction: str, gauge: str) -> np.ndarray:
-  """Rows (z, out) with m = z x + out output at all nodes but the last, [N, 2].
+def targets(
+  schedule: Schedule, t: np.ndarray, prediction: str, gauge: str
+) -> np.ndarray:
+  """Rows (z, out) with m = z x + out output at times t [N], -> [N, 2].
 
   Raises:
     ValueError: where the prediction does not determine the gauge's target.
   """
-  alpha, sigma = at.alpha[:-1], at.sigma[:-1]
-  rate = at.schedule.rate(at.t[:-1]) if prediction == "velocity" else None
+  alpha, sigma = schedule.alpha_sigma(t)
   with np.errstate(divide="ignore", invalid="ignore"):
+    rate = schedule.rate(t) if prediction == "velocity" else None
     target = np.stack(
       predictions.affine(prediction, TARGETS[gauge], alpha, sigma, rate), -1
-    )
-  if gauge == "noise" and alpha[0] == 0:
-    raise ValueError(
-      f"gauge 'noise' cannot start where alpha = 0 (t = {at.t[0]}); use gauge"
-      " 'data', 'flow' or 'angle', or a smaller first time"
     )
   bad = ~np.isfinite(target).all(-1)
   if bad.any():
     i = int(np.argmax(bad))
     raise ValueError(
       f"prediction {prediction!r} does not determine {TARGETS[gauge]!r} at"
-      f" t = {at.t[i]} (alpha = {alpha[i]}, sigma = {sigma[i]}); start at a"
+      f" t = {t[i]} (alpha = {alpha[i]}, sigma = {sigma[i]}); start at a"
       " smaller time, or use a model that predicts 'v' or 'flow'"
     )
   return target
+
+
+def noise_levels(eta: ArrayLike, num_steps: int) -> np.ndarray:
+  """eta of every step, [N].
+
+  Raises:
+    ValueError: negative or not finite, or of another length.
+  """
+  levels = np.asarray(eta, np.float64)
+  if levels.shape not in ((), (num_steps,)):
+    raise ValueError(f"eta {levels.shape} must be a number or [{num_steps}]")
+  if not (np.isfinite(levels).all() and (levels >= 0).all()):
+    raise ValueError(f"eta={eta} must be at least 0")
+  return np.broadcast_to(levels, num_steps)
+
+
+def with_ends(
+  table: Table,
+  at: Nodes,
+  *,
+  prediction: str,
+  denoise_to_zero: bool = False,
+  threshold: float | tuple[float, ...] | None = None,
+) -> Table:
+  """Adds what may follow any solver: a last denoising call, thresholding.
+
+  Args:
+    table: a run along `at`.
+    at: its nodes.
+    prediction: what the model returns.
+    denoise_to_zero: one more call, at the last node, whose x0 is the sample.
+    threshold: quantile of `tables.threshold`, or (quantile, floor) or
+      (quantile, floor, cap); floor 1 and no cap otherwise. The targets of the
+      table must be x0.
+
+  Raises:
+    ValueError: sigma = 0 at the last node already; a quantile outside (0, 1].
+  """
+  if denoise_to_zero:
+    if at.sigma[-1] == 0:
+      raise ValueError(
+        f"denoise_to_zero: the run ends at t = {at.t[-1]}, where sigma = 0,"
+        " already; end it earlier, or leave the option out"
+      )
+    last = jax.tree.map(lambda leaf: np.zeros((1, *leaf.shape[1:])), table)
+    t = at.t[-1:]
+    last.history[0, 0] = 1.0
+    last = last._replace(
+      time=np.asarray(at.schedule.model_time(t), np.float64),
+      target=targets(at.schedule, t, prediction, "data"),
+      anchor=np.array([[0.0, 1.0]]),
+    )
+    table = jax.tree.map(lambda *leaves: np.concatenate(leaves), table, last)
+  if threshold is None:
+    return table
+  values = np.atleast_1d(np.asarray(threshold, np.float64))
+  limits = np.append(values, (1.0, np.inf)[values.size - 1 :])
+  if limits.shape != (3,) or not 0 < limits[0] <= 1 or limits[1] <= 0:
+    raise ValueError(
+      f"threshold={threshold}: a quantile in (0, 1], or (quantile, floor > 0)"
+      " or (quantile, floor, cap)"
+    )
+  return table._replace(threshold=np.tile(limits, (table.nfe, 1)))

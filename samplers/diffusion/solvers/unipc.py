@@ -1,6 +1,7 @@
 """UniPC, a predictor and corrector of the same order (arXiv:2302.04867)."""
 
 import functools
+from collections.abc import Collection
 
 import numpy as np
 
@@ -18,6 +19,9 @@ def unipc(
   variant: str = "bh2",
   gauge: str = "data",
   final: str = "ramp",
+  uncorrected: Collection[int] = (),
+  denoise_to_zero: bool = False,
+  threshold: float | tuple[float, ...] | None = None,
 ) -> Table:
   """UniP-p predicts, UniC-p corrects with the target of the predicted point.
 
@@ -38,30 +42,49 @@ def unipc(
       or "score".
     order: p, 1 to 4; the method's global order is p + 1. The paper advises 2
       for guided and 3 for unguided models.
-    variant: "bh2" or "bh1".
+    variant: "bh2" or "bh1"; "vary_coeff" solves for a single w too, w = J_1 /
+      c. Differs from the public code, which for p > 1 pairs the new target
+      with the wrong row of the inverse matrix and is first order there.
     gauge: "data" or "noise" (-sigma_b J_k^+ for alpha_b J_k^-).
     final: "ramp" (orders .., 2, 1 at the end, as published), "none",
       "ddim_last" or "full" (refused where sigma ends at 0).
+    uncorrected: steps left to the predictor; under strong guidance the first.
+    denoise_to_zero: return x0 of one more call at the last node.
+    threshold: quantile of dynamic thresholding of x0, or (quantile, floor[,
+      cap]), see `tables.threshold`; gauge "data".
 
   Returns:
-    A table of N rows: N model calls. The last step is not corrected.
+    A table of N rows, N + 1 with denoise_to_zero: as many model calls. The last step is not corrected.
 
   Raises:
     ValueError: unknown settings, times that do not fall, a prediction that
       says nothing at one of the nodes.
   """
-  if variant not in ("bh1", "bh2"):
-    raise ValueError(f"unknown variant {variant!r}; choose bh1 or bh2")
+  rules = {"bh1": "bh1", "bh2": "bh2", "vary_coeff": "exact"}
+  if variant not in rules:
+    raise ValueError(f"unknown variant {variant!r}; choose from {list(rules)}")
   if gauge not in ("data", "noise"):
     raise ValueError(f"gauge {gauge!r} of UniPC must be 'data' or 'noise'")
-  at = exponential.nodes(schedule, times)
-  return exponential.multistep(
+  if threshold is not None and gauge != "data":
+    raise ValueError("threshold clips x0 and needs gauge='data'")
+  at = exponential.nodes(schedule, times, gauge)
+  weights = functools.partial(
+    exponential.lambda_weights, gauge, at, two_point=rules[variant]
+  )
+  table = exponential.multistep(
     at,
-    functools.partial(exponential.lambda_weights, gauge, at, two_point=variant),
+    weights,
     prediction=prediction,
     gauge=gauge,
     variable="lambda",
     order=order,
-    corrector=True,
+    corrected=set(range(at.t.size)) - set(uncorrected),
     final=final,
+  )
+  return exponential.with_ends(
+    table,
+    at,
+    prediction=prediction,
+    denoise_to_zero=denoise_to_zero,
+    threshold=threshold,
   )

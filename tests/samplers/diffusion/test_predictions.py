@@ -71,6 +71,24 @@ class PredictionTest(parameterized.TestCase):
       x0 = predictions.convert(0 * x, x, "v", "x0", alpha, sigma)
     np.testing.assert_allclose(x0, 0.6 * x, rtol=1e-6)
 
+  def test_edm_preconditioning(self):
+    # table 1 of arXiv:2206.00364 with sigma_data = .5
+    seen = []
+
+    def network(x, time):
+      seen.append((x, time))
+      return jnp.ones_like(x)
+
+    x, sigma = jnp.full((2, 3, 3), 2.0), jnp.array([0.5, 80.0])
+    out = predictions.edm_denoiser(network)(x, sigma)
+    c_skip = 0.25 / (np.array([0.25, 6400]) + 0.25)
+    c_out = 0.5 * np.array([0.5, 80]) / np.sqrt([0.5, 6400.25])
+    np.testing.assert_allclose(out[:, 0, 0], c_skip * 2 + c_out, rtol=1e-6)
+    np.testing.assert_allclose(
+      seen[0][0][:, 0, 0], 2 / np.sqrt([0.5, 6400.25]), rtol=1e-6
+    )
+    np.testing.assert_allclose(seen[0][1], np.log([0.5, 80]) / 4, rtol=1e-6)
+
   def test_errors(self):
     with self.assertRaisesRegex(ValueError, "'epsilon'.*'eps'"):
       predictions.affine("epsilon", "x0", 0.5, 0.5)
