@@ -15,10 +15,10 @@ def get_config() -> config.Config:
     model=dataclasses.replace(
       cfg.model, width=128, depth=2, mlp_width=256, num_heads=2, fast_heads=2
     ),
-    steps=300,
-    batch_size=32,
-    steps_per_dispatch=5,
+    steps=400,
+    batch_size=16,
+    steps_per_dispatch=10,
     log_every=5,
-    eval_every=50,
-    checkpoint_every=100,
+    eval_every=100,
+    checkpoint_every=200,
   )

@@ -169,8 +169,8 @@ def vp(
   clock = vp_linear(beta_min, beta_max)
 
   def space(first, last, num):
-    ends = clock.t_of_lambda(np.array([first, last]))
-    return clock.lam(np.linspace(*ends, num))
+    start, end = clock.t_of_lambda(np.array([first, last]))
+    return clock.lam(np.linspace(start, end, num))
 
   return _spaced(schedule, num_steps, t_start, t_end, space)
 

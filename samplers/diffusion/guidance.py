@@ -104,10 +104,16 @@ def _with_null(condition: Any, null: Any) -> jax.Array:
   return jnp.concatenate([condition, jnp.broadcast_to(null, condition.shape)])
 
 
-def _weight(scale, interval, x, t, outside=1.0) -> jax.Array:
+def _weight(
+  scale: Any,
+  interval: tuple[float, float] | None,
+  x: jax.Array,
+  t: jax.Array,
+  outside: float = 1.0,
+) -> jax.Array:
   """Guidance scale per sample, [B, 1, ..]."""
-  weight = scale(t) if callable(scale) else jnp.asarray(scale)
-  weight = jnp.broadcast_to(weight, t.shape)
+  value = scale(t) if callable(scale) else scale
+  weight = jnp.broadcast_to(jnp.asarray(value), t.shape)
   if interval is not None:
     inside = (interval[0] <= t) & (t <= interval[1])
     weight = jnp.where(inside, weight, outside)
@@ -119,8 +125,8 @@ def _score_gain(
 ) -> Callable[[jax.Array], jax.Array]:
   """d prediction / d score at fixed x, a function of the model time.
 
-  Interpolated between 4096 times, half of them uniform in t, half of them
-  in sqrt(sigma / (alpha + sigma)) where sigma falls to 0.
+  Interpolated between 4096 times, half of them uniform in t, half of them in
+  sqrt(t), since sigma falls like that to 0 on many schedules.
   """
   t = np.linspace(0, schedule.t_max, 2049)[1:]
   t = np.unique(np.concatenate([t, t**2 / schedule.t_max]))

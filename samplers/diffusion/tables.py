@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 Array = Any  # np.ndarray on the host, jax.Array in a program
 
@@ -196,9 +197,9 @@ def step(
 
 def threshold(
   x0: jax.Array,
-  quantile: jax.Array,
-  floor: jax.Array,
-  cap: jax.Array,
+  quantile: ArrayLike,
+  floor: ArrayLike,
+  cap: ArrayLike,
   *,
   batch_axes: int = 1,
 ) -> jax.Array:
@@ -217,7 +218,7 @@ def threshold(
   axes = tuple(range(batch_axes, x0.ndim))
   s = jnp.quantile(jnp.abs(x0), quantile, axes, keepdims=True)
   s = jnp.minimum(jnp.maximum(s, floor), cap)
-  return jnp.where(quantile > 0, jnp.clip(x0, -s, s) / s, x0)
+  return jnp.where(jnp.asarray(quantile) > 0, jnp.clip(x0, -s, s) / s, x0)
 
 
 def sample(

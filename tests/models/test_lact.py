@@ -14,6 +14,10 @@ from giantsteps.models import lact
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden/lact"
 TIGHT = 1e-11  # float64 against float64; Muon amplifies rounding to 1e-13
 INPUTS = ("q", "k", "v", "lr0", "lr1", "lr2", "w0", "w1", "w2", "momentum")
+# Half the time here is LLVM's: these programs run once.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
 
 
 def golden_names(prefix):
@@ -119,13 +123,17 @@ class GoldenTest(parameterized.TestCase):
         cotangent = golden["cotangent"].astype(np.float64)
         return jnp.sum(out * cotangent), (out, state)
 
+      chunk_size = static.get("chunk_size", 0)
       if "cotangent" in golden:
-        grads, (out, state) = jax.jit(jax.grad(inner, has_aux=True))(inputs)
+        grads, (out, state) = quick_jit(jax.grad(inner, has_aux=True))(inputs)
         for key, grad in grads.items():
           want = golden.get(f"grad_f64_{key}", np.zeros(grad.shape))
           assert_close(grad, want)
+      elif inputs["q"].shape[1] > chunk_size:  # op by op: compiles much less
+        with jax.disable_jit():
+          out, state = run(jax.tree.map(jnp.asarray, inputs))
       else:
-        out, state = jax.jit(run)(inputs)
+        out, state = quick_jit(run)(inputs)  # a scan of length 0 must be traced
       assert_close(out, golden["out_f64"])
       for i, w in enumerate(state.weights):
         if f"w{i}_final_f64" in golden:
@@ -141,9 +149,7 @@ class GoldenTest(parameterized.TestCase):
         ("fixed5", "fixed", 5),
         ("fixed3", "fixed", 3),
       ):
-        function = jax.jit(
-          functools.partial(lact.newton_schulz, kind=kind, steps=steps)
-        )
+        function = functools.partial(lact.newton_schulz, kind=kind, steps=steps)
         out, pullback = jax.vjp(function, g)
         assert_close(out, golden[f"{key}_f64"])
         (grad,) = pullback(jnp.asarray(golden["cotangent"], jnp.float64))
@@ -168,7 +174,7 @@ class GoldenTest(parameterized.TestCase):
         out = layer.apply({"params": params}, x, positions)
         return jnp.sum(out * golden["cotangent"].astype(np.float64)), out
 
-      (grads, grad_x), out = jax.jit(jax.grad(inner, (0, 1), has_aux=True))(
+      (grads, grad_x), out = quick_jit(jax.grad(inner, (0, 1), has_aux=True))(
         params, x
       )
       assert_close(out, golden["out_f64"], 1e-10)
@@ -263,7 +269,7 @@ class NewtonSchulzTest(parameterized.TestCase):
       g = rng.normal(size=(3, 4, 7))
       q = np.linalg.qr(rng.normal(size=(4, 4))).Q
       p = np.linalg.qr(rng.normal(size=(7, 7))).Q
-      ns = jax.jit(functools.partial(lact.newton_schulz, kind=kind))
+      ns = quick_jit(functools.partial(lact.newton_schulz, kind=kind))
       out = ns(g)
       assert_close(ns(np.swapaxes(g, 1, 2)), np.swapaxes(out, 1, 2))
       assert_close(ns(q @ g @ p), q @ out @ p)
@@ -320,9 +326,9 @@ class GradientTest(absltest.TestCase):
         out = jnp.einsum("ndh,nch->ncd", w1, jax.nn.silu(gate) * up)
         return -jnp.sum(eta * out * v)
 
-      got = jax.jit(lact.gradient)(x["weights"], k, v, rates)
+      got = quick_jit(lact.gradient)(x["weights"], k, v, rates)
       for i in range(3):
-        want = jax.jit(jax.grad(loss))(x["weights"], rates[i])[i]
+        want = quick_jit(jax.grad(loss))(x["weights"], rates[i])[i]
         assert_close(got[i], -want)
 
   def test_zero_values_write_nothing(self):
@@ -333,9 +339,9 @@ class GradientTest(absltest.TestCase):
 
 
 def run(problem, **kwargs):
-  kwargs.setdefault("chunk_size", 8)
-  function = functools.partial(lact.fast_weight_scan, **kwargs)
-  return jax.jit(lambda x: function(**x))(problem)
+  """Op by op, so that the tests share what is compiled."""
+  with jax.disable_jit():
+    return lact.fast_weight_scan(**problem, **{"chunk_size": 8} | kwargs)
 
 
 class ScanTest(parameterized.TestCase):
@@ -356,7 +362,9 @@ class ScanTest(parameterized.TestCase):
         initial = [
           np.linalg.norm(m[row], axis=-1, keepdims=True) for m in x["weights"]
         ]
-        w = [m / (s + 1e-5) * n for m, s, n in zip(w, length, initial)]
+        w = [
+          m / (s + 1e-5) * n for m, s, n in zip(w, length, initial, strict=True)
+        ]
         want.append(swiglu(*w, q[start : start + 8]))
       assert_close(out[row], np.concatenate(want))
 
@@ -367,7 +375,9 @@ class ScanTest(parameterized.TestCase):
     order = [(0, 24, True, False)]
     _, state = run(x, muon=muon, order=order)
     _, raw = run(x, muon=muon, order=order, weight_norm=False)
-    for w, z, initial in zip(state.weights, raw.weights, x["weights"]):
+    for w, z, initial in zip(
+      state.weights, raw.weights, x["weights"], strict=True
+    ):
       s = np.linalg.norm(z, axis=-1)
       want = np.linalg.norm(initial, axis=-1) * s / (s + 1e-5)
       assert_close(np.linalg.norm(w, axis=-1), want)
@@ -392,7 +402,7 @@ class ScanTest(parameterized.TestCase):
     changed, _ = run(moved | {"q": x["q"], "weights": x["weights"]})
     assert_close(changed, out)
 
-  @parameterized.product(length=(7, 8, 9, 16, 21), prenorm=(False, True))
+  @parameterized.parameters((7, False), (8, True), (16, False), (21, True))
   def test_scan_equals_the_list(self, length, prenorm):
     x = random_problem(6, length=length)
     order = []
@@ -402,7 +412,10 @@ class ScanTest(parameterized.TestCase):
         (start, start + 8, True, False),
       ]
     order.append((len(order) * 4, length, False, True))
-    out, state = run(x, prenorm=prenorm)
+    scan = functools.partial(
+      lact.fast_weight_scan, chunk_size=8, prenorm=prenorm
+    )
+    out, state = quick_jit(lambda x: scan(**x))(x)
     want, want_state = run(x, prenorm=prenorm, order=order)
     self.assertLen(order, 2 * max(0, -(-length // 8) - 1) + 1)
     assert_close(out, want)
@@ -417,7 +430,7 @@ class ScanTest(parameterized.TestCase):
 
   def test_the_last_chunk_is_only_read(self):
     x = random_problem(8, length=21)
-    grads = jax.jit(
+    grads = quick_jit(
       jax.grad(
         lambda x: jnp.sum(lact.fast_weight_scan(**x, chunk_size=8)[0] ** 2)
       )
@@ -434,7 +447,7 @@ class ScanTest(parameterized.TestCase):
       loss = lambda x: jnp.sum(
         lact.fast_weight_scan(**x, chunk_size=8, remat=remat)[0] ** 2
       )
-      return jax.jit(jax.grad(loss))(x)
+      return quick_jit(jax.grad(loss))(x)
 
     jax.tree.map(assert_close, grads(True), grads(False))
 
@@ -484,7 +497,7 @@ class ScanTest(parameterized.TestCase):
         args = x | {"weights": weights}
         return jnp.sum(lact.fast_weight_scan(**args, **kwargs)[0])
 
-      return jax.jit(jax.grad(loss))(x["weights"][0])
+      return quick_jit(jax.grad(loss))(x["weights"][0])
 
     kwargs = {"order": "bidirectional"}
     full, detached = grad(**kwargs), grad(detach_norm=True, **kwargs)
@@ -512,7 +525,7 @@ class ScanTest(parameterized.TestCase):
   def test_zeros_have_finite_gradients(self):
     x = jax.tree.map(jnp.zeros_like, random_problem(18))
     with jax.debug_nans(True):
-      grads = jax.jit(
+      grads = quick_jit(
         jax.grad(lambda x: jnp.sum(lact.fast_weight_scan(**x, chunk_size=8)[0]))
       )(x)
     for leaf in jax.tree.leaves(grads):
@@ -551,7 +564,7 @@ SMALL = lact.Config(
 
 def init(config, length=8):
   tokens = jnp.zeros((1, length), jnp.int32)
-  return jax.jit(lact.Lact(config).init)(jax.random.key(0), tokens)["params"]
+  return quick_jit(lact.Lact(config).init)(jax.random.key(0), tokens)["params"]
 
 
 def random_tokens(rows, length):
@@ -564,7 +577,6 @@ class ModelTest(parameterized.TestCase):
     return dataclasses.replace(SMALL, **kwargs)
 
   @parameterized.parameters(
-    {},
     {"momentum": True, "prenorm": True, "short_conv": 3},
     {"muon": False, "low_rank": 2, "qk_norm": True, "remat": "full"},
   )
@@ -573,7 +585,7 @@ class ModelTest(parameterized.TestCase):
     params, tokens = init(config), random_tokens(2, 13)
     # Initial short convolutions do nothing.
     params = jax.tree.map(lambda x: x + 0.1, params)
-    logits = jax.jit(functools.partial(lact.logits, config))
+    logits = quick_jit(functools.partial(lact.logits, config))
     out = logits(params, tokens)
     self.assertEqual((out.shape, out.dtype), ((2, 13, 11), jnp.float32))
     changed = logits(params, tokens.at[:, 5].set((tokens[:, 5] + 1) % 11))
@@ -583,7 +595,7 @@ class ModelTest(parameterized.TestCase):
   def test_fast_weights_reach_beyond_the_window(self):
     config = self.replace(depth=1)
     tokens = random_tokens(1, 16)
-    logits = jax.jit(functools.partial(lact.logits, config))
+    logits = quick_jit(functools.partial(lact.logits, config))
     params = init(config)
     out = logits(params, tokens)
     changed = logits(params, tokens.at[:, 0].set((tokens[:, 0] + 1) % 11))
@@ -592,7 +604,7 @@ class ModelTest(parameterized.TestCase):
   def test_bidirectional_sees_all(self):
     config = self.replace(causal=False)
     params, tokens = init(config), random_tokens(2, 9)
-    logits = jax.jit(functools.partial(lact.logits, config))
+    logits = quick_jit(functools.partial(lact.logits, config))
     out = logits(params, tokens)
     changed = logits(params, tokens.at[0, 8].set((tokens[0, 8] + 1) % 11))
     self.assertTrue((changed[0] != out[0]).any(-1).all())
@@ -600,7 +612,7 @@ class ModelTest(parameterized.TestCase):
 
   def test_bind_aligns_hidden_with_tokens(self):
     params, tokens = init(SMALL), random_tokens(2, 8)
-    forward = jax.jit(lambda bound, x: bound.forward(x)[0] @ bound.head)
+    forward = quick_jit(lambda bound, x: bound.forward(x)[0] @ bound.head)
     shifted = forward(lact.bind(SMALL, params), tokens)
     plain = lact.logits(SMALL, params, tokens)
     np.testing.assert_allclose(shifted[:, 1:], plain[:, :-1], atol=1e-5)
@@ -621,7 +633,7 @@ class ModelTest(parameterized.TestCase):
   def test_stack_equals_separate_blocks(self):
     params, tokens = init(SMALL), random_tokens(2, 8)
     x = params["embed"]["embedding"][tokens]
-    block = jax.jit(lact.Block(SMALL).apply)
+    block = quick_jit(lact.Block(SMALL).apply)
     for i in range(SMALL.depth):
       one = jax.tree.map(lambda a, i=i: a[i], params["layers"])
       x, _ = block({"params": one}, x, jnp.arange(8)[None])

@@ -152,7 +152,7 @@ def _look_up(clock: Clock, values: np.ndarray, lam: jax.Array) -> jax.Array:
   """Cubic interpolation through four neighbours; error of order width^4."""
   place = (lam - clock.first) / clock.width
   i = jnp.clip(jnp.floor(place), 1, LOOKUP - 2).astype(jnp.int32)
-  u = place - i
+  u = place - i.astype(place.dtype)
   f = [jnp.asarray(values, lam.dtype)[i + k] for k in (-1, 0, 1, 2)]
   return (
     -u * (u - 1) * (u - 2) / 6 * f[0]
@@ -165,7 +165,7 @@ def _look_up(clock: Clock, values: np.ndarray, lam: jax.Array) -> jax.Array:
 def _moments(h: jax.Array, num: int, sign: int) -> list[jax.Array]:
   """J_k by quadrature: all terms positive, exact to rounding in float32."""
   node, weight = np.polynomial.legendre.leggauss(24)
-  r, w = (node + 1) / 2, weight / 2
+  r, w = (jnp.asarray(a, h.dtype) for a in ((node + 1) / 2, weight / 2))
   kernel = jnp.exp(sign * h * (1 - r)) * w
   return [h * jnp.sum(kernel * r**k) for k in range(num)]
 
@@ -207,7 +207,7 @@ def _rows(clock, lam, h, order, gauge, prediction) -> tables.Table:
   return tables.Table(
     time=_look_up(clock, clock.model_time, points),
     target=target,
-    anchor=jnp.stack([~first, first], -1),
+    anchor=jnp.stack([~first, first], -1).astype(h.dtype),
     corrector=jnp.zeros((order, order)),
     advance=jnp.stack(advance),
     history=jnp.stack(weights),

@@ -76,7 +76,8 @@ def dpm_solver_pp(
     inner: grid that places the nodes inside the steps of a list: "log_snr",
       "uniform_time" or "quadratic_time".
     eta: 0 the ODE, 1 the reverse SDE; a number or [steps] >= 0. Singlestep:
-      a number, orders 1 and 2.
+      a number, orders 1 and 2; the two noises of a step are independent, as
+      in k-diffusion, which makes it weak order 1 (multistep 2: weak order 2).
     ancestral_eta: of singlestep: each step is deterministic to a lower sigma
       and comes back up by fresh noise, in [0, 1] (k-diffusion's "2S a").
     denoise_to_zero: return x0 of one more call at the last node.

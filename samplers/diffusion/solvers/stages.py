@@ -25,7 +25,7 @@ class Stage(NamedTuple):
 
   t: float
   advance: float
-  weights: Sequence[float]
+  weights: Sequence[float] | np.ndarray
   noise: float = 0.0
 
 

@@ -127,8 +127,9 @@ class ClassifierTest(parameterized.TestCase):
     """E[eps | x] of one class, or of the equal mixture of both."""
     alpha, sigma = self.clock(t)
     variance = alpha**2 * self.C**2 + sigma**2
-    sign = label
-    if label is None:
+    if label is not None:
+      sign = label
+    else:
       sign = jnp.tanh(alpha * self.M * x / variance)
     return sigma * (x - sign * alpha * self.M) / variance
 
@@ -164,13 +165,18 @@ class ClassifierTest(parameterized.TestCase):
       np.testing.assert_allclose(predict(x, t), exact, rtol=1e-5, atol=1e-5)
 
   def test_interval_and_scale(self):
-    settings = dict(schedule=VP, prediction="eps")
-    make = functools.partial(guidance.classifier, self.model, self.log_prob)
+    make = functools.partial(
+      guidance.classifier,
+      self.model,
+      self.log_prob,
+      schedule=VP,
+      prediction="eps",
+    )
     x, t = jnp.ones((2, 1)), jnp.array([0.2, 0.8])
     off = self.model(x, t)
-    part = make(2.0, interval=(0.5, 1.0), **settings)(x, t)
+    part = make(2.0, interval=(0.5, 1.0))(x, t)
     np.testing.assert_allclose(part[0], off[0], rtol=1e-6)
-    step = make(1.0, **settings)(x, t) - off
+    step = make(1.0)(x, t) - off
     np.testing.assert_allclose(part[1], (off + 2 * step)[1], rtol=1e-5)
 
 

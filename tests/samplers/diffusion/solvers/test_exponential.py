@@ -1,6 +1,7 @@
 """What must hold exactly for every gauge, variable and order."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class IdentityTest(parameterized.TestCase):
   @parameterized.parameters((VP, 1e-12), (FLOW, 1e-12), (EDM, 1e-10))
   def test_closed_forms_equal_quadrature(self, schedule, atol):
     times = TIMES[schedule]
-    settings = dict(prediction="v", final="none")
+    settings: dict[str, Any] = dict(prediction="v", final="none")
     adams = functools.partial(
       solvers.adams, schedule, times, variable="lambda", **settings
     )

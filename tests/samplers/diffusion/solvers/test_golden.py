@@ -12,6 +12,7 @@ import functools
 import json
 import os
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +124,9 @@ def vp_of_angle():
 
 def dpm_solver(case, arrays):
   taylor = case["solver_type"] == "taylor"
-  settings = dict(variant="taylor" if taylor else "midpoint", published=True)
+  settings: dict[str, Any] = dict(
+    variant="taylor" if taylor else "midpoint", published=True
+  )
   settings["denoise_to_zero"] = case["denoise_to_zero"]
   data = case["algorithm"] == "dpmsolver++"
   if case["method"] == "multistep":
@@ -320,7 +323,9 @@ def diffusers(case, arrays):
       tolerance = 5e-3
     case "DPMSolverMultistep" | "EDMDPMSolverMultistep":
       algorithm = kwargs.get("algorithm_type", "dpmsolver++")
-      settings = dict(order=order, variant=variant, final=final, published=True)
+      settings: dict[str, Any] = dict(
+        order=order, variant=variant, final=final, published=True
+      )
       settings["eta"] = 1.0 if algorithm.startswith("sde") else 0.0
       data = algorithm.endswith("++")
       make = solvers.dpm_solver_pp if data else solvers.dpm_solver

@@ -139,9 +139,11 @@ class LayoutTest(parameterized.TestCase):
     (dict(method="single"), "'single'"),
   )
   def test_bad_settings(self, settings, message):
-    settings = dict(prediction="v", method="singlestep") | settings
+    make = functools.partial(
+      solvers.dpm_solver_pp, VP, TIMES, prediction="v", method="singlestep"
+    )
     with self.assertRaisesRegex(ValueError, message):
-      solvers.dpm_solver_pp(VP, TIMES, **settings)
+      make(**settings)
 
   def test_bad_ends(self):
     make = functools.partial(
