@@ -21,6 +21,7 @@ test: $(VENV)/.test
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	@mkdir -p .cache/lint && ln -sfn ../.. .cache/lint/giantsteps
 	$(BIN)/pyright
 
 $(VENV)/bin/python:

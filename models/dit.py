@@ -27,7 +27,7 @@ class Config:
       parameter.
     qk_norm: RMSNorm of queries and keys; for losses that differentiate in
       time.
-    num_classes, two_times, time_scale, data_std, remat, dtype, param_dtype:
+    num_classes, two_times, time_scale, remat, dtype, param_dtype:
       as in `mlp.Config`.
   """
 
@@ -41,7 +41,6 @@ class Config:
   num_classes: int = 0
   two_times: bool = False
   time_scale: float = 1.0
-  data_std: float = 1.0
   remat: str = "none"
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -102,7 +101,7 @@ class Dit(nn.Module):
         f"x {x.shape}: not [B, H, W, C] with sides in patches of {cfg.patch}"
       )
     rows, columns = x.shape[1] // cfg.patch, x.shape[2] // cfg.patch
-    patches = patchify(x / cfg.data_std, cfg.patch)  # [B, T, P]
+    patches = patchify(x, cfg.patch)  # [B, T, P]
     h = nn.Dense(cfg.width, name="in", **dtypes)(patches)
     if cfg.positions == "learned":
       init = nn.initializers.normal(0.02)
@@ -133,8 +132,7 @@ class Dit(nn.Module):
     out = nn.Dense(patches.shape[-1], kernel_init=zero, name="out", **dtypes)(
       mlp.modulate(h, shift, scale)
     )
-    out = unpatchify(out.astype(jnp.float32), rows, columns, cfg.patch)
-    return out * cfg.data_std
+    return unpatchify(out.astype(jnp.float32), rows, columns, cfg.patch)
 
 
 class _Block(nn.Module):

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -176,16 +176,10 @@ def _orthogonal(step: Weights, rule: _Rule) -> Weights:
   return out[0], out[1].mT, out[2]
 
 
-def _update(
-  state: State,
-  k: jax.Array,
-  v: jax.Array,
-  learning_rates: Weights,
-  momentum: jax.Array | None,
-  norms: Weights,
-  rule: _Rule,
-) -> State:
-  """Writes one chunk: gradient, momentum, Muon, add, normalise (in order)."""
+def _update(state: State, tokens: Any, norms: Weights, rule: _Rule) -> State:
+  """Writes one chunk (k, v, learning rates, momentum): gradient, momentum,
+  Muon, add, normalise, in this order."""
+  k, v, learning_rates, momentum = tokens
   add = lambda x, y: jax.tree.map(jnp.add, x, y)
   step = gradient(state.weights, k, v, learning_rates)
   buffer = state.momentum
@@ -299,8 +293,8 @@ def fast_weight_scan(
   )
   tokens = (k, v, tuple(learning_rates), momentum)
 
-  def update(state, tokens):
-    return _update(state, *tokens, norms, rule)
+  def update(state: State, tokens: Any) -> State:
+    return _update(state, tokens, norms, rule)
 
   if order == "causal":
     return _causal(state, q, tokens, chunk_size or length, update, remat)
@@ -518,6 +512,7 @@ class LactLayer(nn.Module):
     rows = lambda y: _rows(y.reshape(*shape[:3], -1))
     rates = self._per_head(x, "rate", 3)  # [B, T, H, 3], for W0, W1, W2
     rates = jax.nn.softplus(rates + math.log(math.expm1(cfg.rate)))
+    eta0, eta1, eta2 = (rows(eta) for eta in jnp.split(rates, 3, -1))
     momentum = None
     if cfg.momentum:
       momentum = rows(jax.nn.sigmoid(self._per_head(x, "momentum", 1)))
@@ -528,7 +523,7 @@ class LactLayer(nn.Module):
       rows(q),
       rows(k),
       rows(v),
-      tuple(rows(eta) for eta in jnp.split(rates, 3, -1)),
+      (eta0, eta1, eta2),
       weights,
       chunk_size=cfg.chunk_size,
       order="causal" if cfg.causal else "bidirectional",

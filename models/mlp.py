@@ -28,8 +28,6 @@ class Config:
     num_classes: 0 ignores labels; otherwise label num_classes is "none".
     two_times: the network takes (s, t), as flow maps need, and not t alone.
     time_scale: multiplies times in their embedding; 1 keeps d/dt of order 1.
-    data_std: standard deviation of x; inputs are divided by it, outputs
-      multiplied.
     remat: none, full or dots (`layers.remat`).
     dtype, param_dtype: of the computation and of the parameters.
   """
@@ -40,7 +38,6 @@ class Config:
   num_classes: int = 0
   two_times: bool = False
   time_scale: float = 1.0
-  data_std: float = 1.0
   remat: str = "none"
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -80,7 +77,7 @@ class Mlp(nn.Module):
     """
     cfg = self.config
     dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
-    flat = x.reshape(x.shape[0], -1) / cfg.data_std
+    flat = x.reshape(x.shape[0], -1)
     h = nn.Dense(cfg.width, name="in", **dtypes)(flat)
     c = Conditioning(
       cfg.width,
@@ -104,7 +101,7 @@ class Mlp(nn.Module):
     out = nn.Dense(flat.shape[-1], kernel_init=zero, name="out", **dtypes)(
       modulate(h, shift, scale)
     )
-    return out.astype(jnp.float32).reshape(x.shape) * cfg.data_std
+    return out.astype(jnp.float32).reshape(x.shape)
 
 
 class _Block(nn.Module):

@@ -48,7 +48,7 @@ def measure(
   both = [
     s.read(np.arange(s.num_rows)) for s in (dataset.train, dataset.held_out)
   ]
-  features, record = evaluation.digits_features(*both)
+  features, record = evaluation.digits_features(both[0], both[1])
   train, held_out = (rows["image"] for rows in both)
   known = features(held_out)
   fd = lambda images: evaluation.frechet_distance(features(images), known)

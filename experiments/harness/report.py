@@ -16,7 +16,8 @@ td, th { padding: .25rem .8rem; border-bottom: 1px solid #e2e6ea; text-align: ri
 td:first-child, th:first-child { text-align: left; }
 figure { display: inline-block; margin: .5rem 1rem .5rem 0; vertical-align: top; }
 figure img { max-width: 100%; } figcaption { max-width: 34rem; font-size: 13px; color: #57606a; }
-pre { background: #f6f8fa; padding: .8rem; overflow-x: auto; line-height: 1.35; }
+pre { background: #f6f8fa; padding: .8rem; line-height: 1.35;
+  white-space: pre-wrap; overflow-wrap: anywhere; }
 .note { color: #57606a; font-size: 13px; }
 """
 

@@ -42,6 +42,12 @@ def start(workdir, devices: int) -> subprocess.Popen:
   )
 
 
+def said(process: subprocess.Popen) -> str:
+  """What the process wrote to stderr."""
+  assert process.stderr is not None
+  return process.stderr.read()
+
+
 def wait_for_step(process, workdir, step: int) -> None:
   """Returns once metrics.jsonl holds `step`."""
   deadline = time.time() + 120
@@ -50,7 +56,7 @@ def wait_for_step(process, workdir, step: int) -> None:
     if rows and rows[-1]["step"] >= step:
       return
     time.sleep(0.02)
-  raise AssertionError(f"no step {step}: {process.stderr.read()[-2000:]}")
+  raise AssertionError(f"no step {step}: {said(process)[-2000:]}")
 
 
 def leaves(workdir) -> dict[str, np.ndarray]:
@@ -90,14 +96,14 @@ def assert_equal_runs(one, two) -> None:
 def test_sigkill_at_a_random_step_then_restart_is_bit_exact(tmp_path, devices):
   straight, killed = tmp_path / "straight", tmp_path / "killed"
   process = start(straight, devices)
-  assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
+  assert process.wait(timeout=300) == 0, said(process)[-2000:]
   process = start(killed, devices)
   wait_for_step(process, killed, random.randint(12, STEPS - 10))
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   process = start(killed, devices)
-  assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
-  assert "resuming" in process.stderr.read()
+  assert process.wait(timeout=300) == 0, said(process)[-2000:]
+  assert "resuming" in said(process)
   assert_equal_runs(straight, killed)
 
 
@@ -105,7 +111,7 @@ def test_sigterm_saves_and_exits_zero(tmp_path):
   process = start(tmp_path, 1)
   wait_for_step(process, tmp_path, 3)
   process.send_signal(signal.SIGTERM)
-  assert process.wait(timeout=120) == 0, process.stderr.read()[-2000:]
+  assert process.wait(timeout=120) == 0, said(process)[-2000:]
   last = metrics.read(tmp_path)[-1]["step"]
   saved = max(
     int(p.name)
@@ -119,7 +125,7 @@ def test_losses_on_one_and_eight_devices_agree(tmp_path):
   curves = []
   for devices in (1, 8):
     process = start(tmp_path / str(devices), devices)
-    assert process.wait(timeout=300) == 0, process.stderr.read()[-2000:]
+    assert process.wait(timeout=300) == 0, said(process)[-2000:]
     rows = metrics.read(tmp_path / str(devices))
     curves.append([r["loss"] for r in rows if "loss" in r])
   # The mean gradient is summed in another order: relative error of about

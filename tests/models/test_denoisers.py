@@ -123,14 +123,6 @@ class DenoiserTest(parameterized.TestCase):
       self.assertEqual(leaf.dtype, jnp.float32 if norm else jnp.bfloat16)
 
   @parameterized.parameters(*NETS)
-  def test_data_std_is_a_change_of_unit(self, name):
-    _, apply, moved = build(name)
-    _, scaled, _ = build(name, data_std=4.0)
-    np.testing.assert_allclose(
-      scaled(moved, 4 * X, T), 4 * apply(moved, X, T), rtol=1e-5, atol=1e-5
-    )
-
-  @parameterized.parameters(*NETS)
   def test_what_the_config_lacks_is_refused(self, name):
     _, apply, moved = build(name, two_times=False, num_classes=0)
     with self.assertRaisesRegex(ValueError, "two_times=True"):

@@ -1,5 +1,9 @@
 """Shared layers against closed forms, NumPy in float64 and invariants."""
 
+# NumPy arrays stand for jax.Array; pytrees have no static type
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

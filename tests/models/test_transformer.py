@@ -1,5 +1,9 @@
 """The transformer against published models and its own invariants."""
 
+# NumPy arrays stand for jax.Array; pytrees have no static type
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import dataclasses
 import functools
 import json

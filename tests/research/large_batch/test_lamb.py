@@ -1,5 +1,9 @@
 """LAMB against golden trajectories, and what its ratio guarantees."""
 
+# NumPy arrays stand for jax.Array; pytrees have no static type
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import functools
 import os
 import pathlib
