@@ -8,14 +8,14 @@ from giantsteps.models import mlp
 
 
 def get_config() -> config.Config:
-  """An MLP, 60 steps, a checkpoint every 10."""
+  """An MLP, 300 steps, a checkpoint every 20."""
   return dataclasses.replace(
     digits_flow.get_config(),
     model=mlp.Config(),
-    steps=60,
+    steps=300,
     batch_size=128,
     steps_per_dispatch=5,
     log_every=1,
-    eval_every=20,
-    checkpoint_every=10,
+    eval_every=100,
+    checkpoint_every=20,
   )

@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
     "device_count": len(devices),
     "platform": devices[0].platform,
     "machine": f"{platform.system()} {platform.machine()}",
-    "command": sys.argv,
+    "command": " ".join([pathlib.Path(sys.argv[0]).stem, *sys.argv[1:]]),
     "git_revision": git.stdout.strip() or None,
     "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
   }

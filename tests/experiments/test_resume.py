@@ -16,10 +16,10 @@ import tensorstore as ts
 from giantsteps.experiments.harness import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 60  # of digits_flow_smoke
+STEPS = 300  # of digits_flow_smoke
 
 
-def start(workdir, devices: int) -> subprocess.Popen:
+def start(workdir, devices: int, *flags: str) -> subprocess.Popen:
   """`train` as a user calls it, from a checkout or an installed copy."""
   code = (
     f"import sys; sys.path.insert(0, {str(ROOT)!r}); import conftest, runpy; "
@@ -34,6 +34,7 @@ def start(workdir, devices: int) -> subprocess.Popen:
       "--config=digits_flow_smoke",
       f"--workdir={workdir}",
       f"--mesh=data={devices}",
+      *flags,
     ],
     env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
     cwd=ROOT,
@@ -57,6 +58,13 @@ def wait_for_step(process, workdir, step: int) -> None:
       return
     time.sleep(0.02)
   raise AssertionError(f"no step {step}: {said(process)[-2000:]}")
+
+
+def saved_steps(workdir: pathlib.Path) -> list[int]:
+  """Checkpoints on disk."""
+  folder = workdir / "checkpoints"
+  names = [p.name for p in folder.iterdir()] if folder.exists() else []
+  return [int(name) for name in names if name.isdigit()]
 
 
 def leaves(workdir) -> dict[str, np.ndarray]:
@@ -98,7 +106,9 @@ def test_sigkill_at_a_random_step_then_restart_is_bit_exact(tmp_path, devices):
   process = start(straight, devices)
   assert process.wait(timeout=300) == 0, said(process)[-2000:]
   process = start(killed, devices)
-  wait_for_step(process, killed, random.randint(12, STEPS - 10))
+  wait_for_step(process, killed, random.randint(45, STEPS - 60))
+  while not saved_steps(killed):  # the first save may still be in flight
+    time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
   assert process.wait() == -signal.SIGKILL
   process = start(killed, devices)
@@ -113,24 +123,19 @@ def test_sigterm_saves_and_exits_zero(tmp_path):
   process.send_signal(signal.SIGTERM)
   assert process.wait(timeout=120) == 0, said(process)[-2000:]
   last = metrics.read(tmp_path)[-1]["step"]
-  saved = max(
-    int(p.name)
-    for p in (tmp_path / "checkpoints").iterdir()
-    if p.is_dir() and p.name.isdigit()
-  )
-  assert last - saved <= 1  # steps lost
+  assert last - max(saved_steps(tmp_path)) <= 1  # steps lost
 
 
 def test_losses_on_one_and_eight_devices_agree(tmp_path):
   curves = []
   for devices in (1, 8):
-    process = start(tmp_path / str(devices), devices)
+    process = start(tmp_path / str(devices), devices, "--set=steps=40")
     assert process.wait(timeout=300) == 0, said(process)[-2000:]
     rows = metrics.read(tmp_path / str(devices))
     curves.append([r["loss"] for r in rows if "loss" in r])
   # The mean gradient is summed in another order: relative error of about
-  # sqrt(128 rows) 2^-24 = 7e-7 per step, which LAMB, whose update has a fixed
-  # length, passes on but does not amplify at first; over 60 steps the
-  # trajectories part by at most 60 times that, with a factor of 10 for the
-  # curvature of the loss.
-  np.testing.assert_allclose(curves[0], curves[1], rtol=60 * 7e-7 * 10)
+  # sqrt(128 rows) 2^-24 = 7e-7 per step. While the steps are few it adds up,
+  # 40 times that with a factor of 10 for the curvature of the loss; later
+  # (from about step 90 on) the two trajectories part like any two runs.
+  assert len(curves[0]) == 40
+  np.testing.assert_allclose(curves[0], curves[1], rtol=40 * 7e-7 * 10)
