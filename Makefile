@@ -16,7 +16,7 @@ quickstart: $(VENV)/.demo
 	$(BIN)/python -m giantsteps.experiments.quickstart
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -q $(MARK) --durations=10
+	$(BIN)/python -m pytest -q -n 2 $(MARK) --durations=25
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

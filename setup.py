@@ -13,6 +13,7 @@ EXTRAS = {
   "test": [
     *DEMO,
     "pytest",
+    "pytest-xdist",
     "ruff",
     "pyright",
     # compile-for-TPU tests run where it installs and say why they skip
