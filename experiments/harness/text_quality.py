@@ -151,7 +151,7 @@ def fill_curve(
       mask_token=mask_token,
     )
   )
-  run(ONE_PER_STEP)  # compiles; thresholds are traced, so only once
+  run(0.0)  # one step: compiles; thresholds are traced, so only once
   rows, results, agreements = [], [], []
   for value in (*thresholds, ONE_PER_STEP):
     start = time.perf_counter()
