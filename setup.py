@@ -15,7 +15,7 @@ EXTRAS = {
     "pytest",
     "pytest-xdist",
     "ruff",
-    "pyright",
+    "pyright[nodejs]",
     # compile-for-TPU tests run where it installs and say why they skip
     "libtpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
   ],
