@@ -568,6 +568,7 @@ SMALL = lact.Config(
 )
 
 
+@functools.cache
 def init(config, length=8):
   tokens = jnp.zeros((1, length), jnp.int32)
   return quick_jit(lact.Lact(config).init)(jax.random.key(0), tokens)["params"]
@@ -609,7 +610,7 @@ class ModelTest(parameterized.TestCase):
 
   def test_bidirectional_sees_all(self):
     config = self.replace(causal=False)
-    params, tokens = init(config), random_tokens(2, 9)
+    params, tokens = init(SMALL), random_tokens(2, 9)
     logits = quick_jit(functools.partial(lact.logits, config))
     out = logits(params, tokens)
     changed = logits(params, tokens.at[0, 8].set((tokens[0, 8] + 1) % 11))
