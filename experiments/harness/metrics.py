@@ -39,7 +39,7 @@ class Metrics:
     self._file = path.open("a", buffering=1)
     self._events = None
     try:
-      import tensorboardX
+      import tensorboardX  # pyright: ignore[reportMissingImports]
     except ImportError:
       return
     self._events = tensorboardX.SummaryWriter(
