@@ -24,6 +24,7 @@ EXTRAS = {
   "cuda13": ["jax[cuda13]"],
   "notebooks": [*DEMO, "jupyterlab", "ipywidgets"],
   "tensorboard": ["tensorboardX"],
+  "peers": ["diffusers", "torch", "matplotlib"],  # what benchmark compares with
 }
 package_dir = {
   f"giantsteps.{name}": name.replace(".", "/")
@@ -40,7 +41,9 @@ setup(
   license="Apache-2.0",
   packages=sorted(package_dir),
   package_dir=package_dir,
-  package_data={name: ["py.typed", "tuned/*.json"] for name in package_dir},
+  package_data={
+    name: ["py.typed", "tuned/*.json", "results/*.json"] for name in package_dir
+  },
   python_requires=">=3.11",
   install_requires=[
     "jax>=0.10",

@@ -1,13 +1,19 @@
-"""Measures a trained model and writes the numbers as JSON.
+"""Measures solvers or a trained model and writes the numbers as JSON.
 
+  python -m giantsteps.experiments.benchmark --suite samplers
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
   python -m giantsteps.experiments.benchmark --suite text --workdir runs/code
 
-digits: Frechet distance against the held-out half with floor and control, and
-distance to the 500-step solution, for every solver at 3 to 50 calls, over
-three noises. text: bits per byte against byte n-grams with the same training
+samplers: distance to the exact solution at 5 to 20 calls on mixtures of
+Gaussians, for our default and for every public solver; microseconds per step
+when the model is free; both beside diffusers where it is installed, else beside
+its recorded figures (experiments/results/samplers.json). digits: Frechet
+distance against the held-out half with floor and control, and distance to the
+500-step solution, for every solver at 3 to 50 calls, over three noises; and
+the solvers' ranking by their distance to the exact samples. text: bits per byte against byte n-grams with the same training
 bytes; for masked models also what is lost by committing several bytes per
-forward pass. The result goes to benchmark_<suite>.json in the work folder.
+forward pass. The result goes to benchmark_<suite>.json in the work folder
+(runs/benchmark for samplers, with plots).
 """
 
 import json
@@ -21,9 +27,13 @@ from absl import flags, logging
 from giantsteps.experiments.harness import (
   cli,
   data,
+  diffusers_peers,
   digits_quality,
   metrics,
   ngrams,
+  plots,
+  samplers_overhead,
+  samplers_quality,
   sampling,
   text_quality,
   training,
@@ -32,11 +42,21 @@ from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
 
+RECORDED = pathlib.Path(__file__).parent / "results" / "samplers.json"
 _SUITE = flags.DEFINE_enum(
-  "suite", None, ["digits", "text"], "What is measured.", required=True
+  "suite",
+  None,
+  ["samplers", "digits", "text"],
+  "What is measured.",
+  required=True,
 )
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Folder of a training run.", required=True
+  "workdir",
+  None,
+  "Folder of a training run; samplers: where results go (runs/benchmark).",
+)
+_ROUNDS = flags.DEFINE_integer(
+  "rounds", 9, "samplers: of the timings, 0 for none.", lower_bound=0
 )
 _WINDOWS = flags.DEFINE_integer(
   "windows", 208, "text: held-out windows that are decoded.", lower_bound=2
@@ -48,7 +68,103 @@ _ORDER = flags.DEFINE_integer(
 
 def main() -> int:
   """Runs the suite of the flags."""
-  workdir = pathlib.Path(_WORKDIR.value)
+  start = time.time()
+  if _SUITE.value == "samplers":
+    workdir = pathlib.Path(_WORKDIR.value or "runs/benchmark")
+    result = samplers(workdir)
+  else:
+    if _WORKDIR.value is None:
+      raise config_lib.InputError(
+        f"--suite {_SUITE.value} needs --workdir, the folder of a training run"
+      )
+    workdir = pathlib.Path(_WORKDIR.value)
+    result = _trained(workdir)
+  result |= {
+    "environment": metrics.environment(),
+    "seconds": time.time() - start,
+  }
+  path = workdir / f"benchmark_{_SUITE.value}.json"
+  path.write_text(json.dumps(result, indent=1) + "\n")
+  logging.info("wrote %s", path)
+  return 0
+
+
+def samplers(workdir: pathlib.Path) -> dict:
+  """Errors on mixtures, then overhead; tables as text, JSON and plots."""
+  core = samplers_overhead.pin()
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise config_lib.InputError(f"--workdir {workdir}: {error}") from error
+  peers, recorded = diffusers_peers.versions(), None
+  if peers:
+    logging.info("peers: %s", peers)
+  else:
+    recorded = json.loads(RECORDED.read_text())
+    logging.info(
+      "diffusers or torch is not installed (pip install 'giantsteps[peers]'):"
+      " their rows are the recorded ones of %s",
+      recorded["environment"]["started"],
+    )
+  result: dict[str, Any] = {"peers": peers or "recorded", "problems": {}}
+  for problem in samplers_quality.problems():
+    measured = samplers_quality.measure(problem, logging.info)
+    if recorded:
+      rows = recorded["problems"][problem.name]["rows"]
+      measured["rows"] += [r for r in rows if r["source"] == "diffusers"]
+    measured["summary"] = samplers_quality.summary(measured["rows"])
+    result["problems"][problem.name] = measured
+    _print_problem(problem.name, measured)
+  plots.error_curves(
+    {k: v["rows"] for k, v in result["problems"].items()},
+    workdir / "samplers_error.png",
+  )
+  if _ROUNDS.value:
+    overhead = samplers_overhead.measure(_ROUNDS.value, report=logging.info)
+    result["overhead"] = overhead | {"core": core}
+    theirs = recorded["overhead"]["rows"] if recorded else []
+    _print_overhead(overhead, theirs)
+  return result
+
+
+def _print_problem(name: str, measured: dict) -> None:
+  print(
+    f"\n{name}: median error of 128 samples (of 256 fresh ones);"
+    f" {measured['tables']} tables in {measured['programs']} programs"
+  )
+  print("NFE   default            best public solver of this column")
+  for line in measured["summary"]:
+    print(
+      f"{line['nfe']:3d}   {line['median']:.1e} ({line['median_fresh']:.1e})"
+      f"  {line['best_median']:.1e} ({line['best_median_fresh']:.1e})"
+      f"  {line['times_lower_median']:.2f} ({line['times_lower_median_fresh']:.2f})"
+      f" times lower than {line['best_by_median']}"
+    )
+
+
+def _print_overhead(overhead: dict, recorded: list[dict]) -> None:
+  print(
+    "\nmicroseconds per step, free model, one core: median"
+    f" [quartiles] of {overhead['rounds']} rounds of {overhead['steps']} steps;"
+    f" the model stands {overhead['model_in_program']} time(s) in the program;"
+    f" {overhead['programs']} programs for {overhead['shapes_and_widths']}"
+    " shapes x widths"
+  )
+  old = {(r["method"], *r["shape"]): r.get("theirs") for r in recorded}
+  show = lambda q: f"{q[1]:7.1f} [{q[0]:.1f}, {q[2]:.1f}]"
+  for row in overhead["rows"]:
+    line = f"{row['method']:11s} {row['shape']!s:17s} {show(row['ours'])}"
+    line += f" {row['gigabytes_per_second']:5.1f} GB/s"
+    if "theirs" in row:
+      line += f"  diffusers {show(row['theirs'])}"
+      line += f"  {show(row['times_less'])} times less"
+    elif old.get((row["method"], *row["shape"])):
+      line += f"  diffusers, recorded {show(old[row['method'], *row['shape']])}"
+    print(line)
+  print(f"copying, GB/s: {overhead['copy_gigabytes_per_second']}")
+
+
+def _trained(workdir: pathlib.Path) -> dict:
   cfg, description = training.load_workdir(workdir)
   if (cfg.task == "flow") != (_SUITE.value == "digits"):
     raise config_lib.InputError(
@@ -58,18 +174,11 @@ def main() -> int:
   dataset = tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, description)
   state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  start = time.time()
   suite = digits if _SUITE.value == "digits" else text
-  result = suite(cfg, task, state.ema, dataset) | {
+  return suite(cfg, task, state.ema, dataset) | {
     "step": int(state.step),
     "config": config_lib.to_json(cfg),
-    "environment": metrics.environment(),
-    "seconds": time.time() - start,
   }
-  path = workdir / f"benchmark_{_SUITE.value}.json"
-  path.write_text(json.dumps(result, indent=1) + "\n")
-  logging.info("wrote %s", path)
-  return 0
 
 
 def digits(cfg, task, params: Any, dataset: data.Dataset) -> dict:
@@ -88,7 +197,16 @@ def digits(cfg, task, params: Any, dataset: data.Dataset) -> dict:
     for key in ("fd_digitsnet64", "distance_to_reference"):
       label = f"{rows[0]['solver']} {rows[0]['nfe']} calls {key}"
       print(f"{label:46s} {_spread([row[key] for row in rows])}")
-  return {"runs": runs}
+  ranking = digits_quality.rank(
+    draw, params, dataset, conditional=cfg.model.num_classes > 0
+  )
+  print("\nmedian distance to the exact samples of this model, best first")
+  for nfe in samplers_quality.NFES:
+    column = [row for row in ranking if row["nfe"] == nfe]
+    for place, row in enumerate(sorted(column, key=lambda r: r["median"]), 1):
+      if place <= 3 or row["source"] == "giantsteps":
+        print(f"{nfe:3d} calls, place {place:2d}: {_figures(row)}")
+  return {"runs": runs, "ranking": ranking}
 
 
 def text(cfg, task, params: Any, dataset: data.Dataset) -> dict:

@@ -92,3 +92,45 @@ def curves(
   axes.legend(fontsize=8)
   figure.savefig(path, bbox_inches="tight")
   pyplot.close(figure)
+
+
+def error_curves(
+  problems: Mapping[str, Sequence[dict]], path: pathlib.Path
+) -> None:
+  """Median error against calls, one panel per problem.
+
+  Args:
+    problems: name -> rows of `samplers_quality.measure`.
+    path: PNG to write.
+  """
+  pyplot = _pyplot()
+  columns = min(4, len(problems))
+  lines = math.ceil(len(problems) / columns)
+  figure, panels = pyplot.subplots(
+    lines, columns, figsize=(3.6 * columns, 3.2 * lines), dpi=110, squeeze=False
+  )
+  colors = {"giantsteps": "C3", "authors": "C0", "diffusers": "0.6"}
+  for axes in panels.flat[len(problems) :]:
+    axes.axis("off")
+  for axes, (title, rows) in zip(panels.flat, problems.items(), strict=False):
+    drawn = set()
+    for name, source in dict.fromkeys((r["name"], r["source"]) for r in rows):
+      own = [r for r in rows if (r["name"], r["source"]) == (name, source)]
+      bold = source == "giantsteps"
+      axes.plot(
+        [r["calls"] for r in own],
+        [r["median"] for r in own],
+        color=colors[source],
+        lw=2.5 if bold else 0.8,
+        marker="o" if bold else None,
+        zorder=3 if bold else 2,
+        label=None if source in drawn else source,
+      )
+      drawn.add(source)
+    axes.set(title=title, yscale="log", xlabel="model calls", ylim=(None, 1))
+    axes.grid(alpha=0.3)
+  panels[0, 0].set_ylabel("median distance to the exact sample")
+  panels[0, 0].legend(fontsize=8)
+  figure.tight_layout()
+  figure.savefig(path, bbox_inches="tight")
+  pyplot.close(figure)

@@ -8,7 +8,7 @@ from giantsteps.experiments.harness import tasks as tasks_lib
 from giantsteps.research import flow_maps
 from giantsteps.samplers.diffusion import grids, solvers, tables
 
-SOLVERS = ("ddim", "dpm_solver_pp", "unipc")
+SOLVERS = ("ddim", "dpm_solver_pp", "unipc", "default")
 
 
 def table(solver: str, nfe: int, sigma_0: float) -> tables.Table:
@@ -28,8 +28,10 @@ def table(solver: str, nfe: int, sigma_0: float) -> tables.Table:
       return solvers.dpm_solver_pp(
         schedule, times, prediction="velocity", order=2
       )
-    case _:
+    case "unipc":
       return solvers.unipc(schedule, times, prediction="velocity", order=3)
+    case _:
+      return solvers.default(schedule, nfe, sigma_0, prediction="velocity")
 
 
 def sampler(task: tasks_lib.Task, sigma_0: float) -> Callable:

@@ -175,6 +175,40 @@ def vp(
   return _spaced(schedule, num_steps, t_start, t_end, space)
 
 
+def flow_time(
+  schedule: Schedule,
+  *,
+  num_steps: int,
+  t_start: float | None = None,
+  t_end: float | None = None,
+  scale: float = 1.0,
+  power: float = 1.0,
+) -> np.ndarray:
+  """Nodes uniform in u^(1 / power), u = sigma / (scale alpha + sigma).
+
+  As `uniform_time`, but infinite log-SNR needs no stand-in: u is 1 and 0
+  there. On any schedule these are the nodes a flow would take with shift
+  `scale`, which suits data of about that standard deviation.
+
+  Args:
+    schedule: gives the default ends.
+    num_steps: N >= 1.
+    t_start: first node; schedule.t_max if None.
+    t_end: last node; schedule.t_min if None.
+    scale: sigma / alpha at which u = 1/2, > 0.
+    power: above 1 spends more steps near the data, > 0.
+  """
+  if not (scale > 0 and power > 0):
+    raise ValueError(f"scale={scale} and power={power} must be positive")
+  start, end = _ends(schedule, num_steps, t_start, t_end)
+  alpha, sigma = schedule.alpha_sigma(np.array([start, end]))
+  first, last = (sigma / (scale * alpha + sigma)) ** (1 / power)
+  u = np.linspace(first, last, num_steps + 1) ** power
+  with np.errstate(divide="ignore"):
+    lam = np.log1p(-u) - np.log(u) - math.log(scale)
+  return _pinned(schedule.t_of_lambda(lam), start, end)
+
+
 def transfer(
   times: np.ndarray, source: Schedule, target: Schedule
 ) -> np.ndarray:

@@ -67,6 +67,7 @@ def affine(
   alpha: Any,
   sigma: Any,
   rate: tuple[Any, Any] | None = None,
+  data_std: float = 1.0,
 ) -> tuple[Any, Any]:
   """(z, out) with target = z * x + out * source.
 
@@ -80,11 +81,14 @@ def affine(
     alpha: any shape; NumPy float64 on the host, or JAX.
     sigma: like alpha.
     rate: (alpha', sigma') if source or target is "velocity".
+    data_std: the target is that of x0 / data_std on the path
+      (data_std alpha, sigma), through the same x.
   """
-  c0, c1 = combination(source, alpha, sigma, rate)
-  d0, d1 = combination(target, alpha, sigma, rate)
-  if source == target:
+  if source == target and data_std == 1:
     return 0 * alpha, 0 * alpha + 1
+  c0, c1 = combination(source, alpha, sigma, rate)
+  c0, alpha = c0 * data_std, alpha * data_std
+  d0, d1 = combination(target, alpha, sigma, rate)
   determinant = alpha * c1 - sigma * c0
   z = (d0 * c1 - d1 * c0) / determinant
   return z, (alpha * d1 - sigma * d0) / determinant

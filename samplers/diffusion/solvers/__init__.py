@@ -6,6 +6,7 @@
 from giantsteps.samplers.diffusion.solvers.adams import adams
 from giantsteps.samplers.diffusion.solvers.adaptive import adaptive
 from giantsteps.samplers.diffusion.solvers.ddim import ddim
+from giantsteps.samplers.diffusion.solvers.default import default
 from giantsteps.samplers.diffusion.solvers.deis import deis
 from giantsteps.samplers.diffusion.solvers.dpm_solver import (
   dpm_solver,
@@ -24,6 +25,7 @@ __all__ = [
   "adams",
   "adaptive",
   "ddim",
+  "default",
   "deis",
   "dpm_solver",
   "dpm_solver_pp",

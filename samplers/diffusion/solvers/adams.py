@@ -24,6 +24,7 @@ def adams(
   corrector: bool = True,
   final: str = "full",
   warm_up: str = "lower",
+  data_std: float = 1.0,
   denoise_to_zero: bool = False,
   threshold: float | tuple[float, ...] | None = None,
 ) -> Table:
@@ -52,6 +53,8 @@ def adams(
       "ddim_last".
     warm_up: without corrector, the first order - 1 steps: "lower" or
       "corrected", see `exponential.corrected_steps`.
+    data_std: standard deviation of the data, the unit in which "flow", "phi"
+      and their gauges weigh data against noise.
     denoise_to_zero: return x0 of one more call at the last node.
     threshold: quantile of dynamic thresholding of x0, or (quantile, floor[,
       cap]), see `tables.threshold`; gauge "data".
@@ -63,9 +66,9 @@ def adams(
     ValueError: unknown settings, times that do not fall, a prediction that
       says nothing at one of the nodes.
   """
-  if threshold is not None and gauge != "data":
-    raise ValueError("threshold clips x0 and needs gauge='data'")
-  at = exponential.nodes(schedule, times, gauge)
+  if threshold is not None and (gauge != "data" or data_std != 1):
+    raise ValueError("threshold clips x0: it needs gauge='data', data_std=1")
+  at = exponential.nodes(schedule, times, gauge, data_std)
   table = exponential.multistep(
     at,
     functools.partial(exponential.lagrange_weights, gauge, variable, at),

@@ -15,6 +15,11 @@ u is "lambda" = log(alpha / sigma), "t", "rho" = sigma / alpha, "phi", or
 "flow" = sigma / (alpha + sigma). With one target, u does not matter, and
 data, noise and flow are DDIM (x0 and eps held fixed); the angle gauge holds
 the angular velocity and is Euler in phi. Everything is float64 on the host.
+
+"flow", "phi" and their gauges put noise and data on one scale, and mean what
+they say for data of standard deviation 1. For others the unit data is
+y0 = x0 / data_std on the path (data_std alpha, sigma): then a run on scaled
+data is the scaled run.
 """
 
 import math
@@ -45,14 +50,15 @@ class Point(NamedTuple):
 
 
 class Nodes(NamedTuple):
-  """The times of a run and what the schedule says there, each [N + 1]."""
+  """The times of a run and the path of the unit data there, each [N + 1]."""
 
   schedule: Schedule
   t: np.ndarray
-  alpha: np.ndarray
+  alpha: np.ndarray  # data_std times the schedule's
   sigma: np.ndarray
   lam: np.ndarray
   phi: np.ndarray
+  data_std: float = 1.0
 
   def model_time(self) -> np.ndarray:
     """What the model is told at every node but the last, [N]."""
@@ -65,19 +71,25 @@ class Nodes(NamedTuple):
 
 
 def nodes(
-  schedule: Schedule, times: np.ndarray, gauge: str | None = None
+  schedule: Schedule,
+  times: np.ndarray,
+  gauge: str | None = None,
+  data_std: float = 1.0,
 ) -> Nodes:
   """Evaluates the schedule at `times` [N + 1], N >= 1, and checks them.
 
   Raises:
     ValueError: times that do not fall strictly, or lie outside the schedule,
-      or start at alpha = 0 if the gauge is "noise".
+      or start at alpha = 0 if the gauge is "noise"; data_std <= 0.
   """
+  if not (data_std > 0 and math.isfinite(data_std)):
+    raise ValueError(f"data_std={data_std} must be positive")
   t = np.asarray(times, np.float64)
   if t.ndim != 1 or t.size < 2:
     raise ValueError(f"times must be [N + 1] with N >= 1, not {t.shape}")
   with np.errstate(invalid="ignore"):
     alpha, sigma = schedule.alpha_sigma(t)
+  alpha = data_std * alpha
   inside = (alpha >= 0) & (sigma >= 0) & (alpha + sigma > 0)
   inside &= np.isfinite(t)
   if not inside.all():
@@ -100,7 +112,7 @@ def nodes(
     )
   with np.errstate(divide="ignore"):
     lam = np.log(alpha) - np.log(sigma)
-  return Nodes(schedule, t, alpha, sigma, lam, phi)
+  return Nodes(schedule, t, alpha, sigma, lam, phi, data_std)
 
 
 def step_orders(num_steps: int, order: int, final: str) -> np.ndarray:
@@ -164,16 +176,19 @@ def scale(gauge: str, alpha: Any, sigma: Any) -> Any:
 
 
 def coordinate(
-  variable: str, schedule: Schedule, alpha: np.ndarray, sigma: np.ndarray
+  variable: str, at: Nodes, alpha: np.ndarray, sigma: np.ndarray
 ) -> np.ndarray:
-  """u of the variable; infinite where it is. Any common factor cancels."""
+  """u at a point of the path `at` is on; infinite where it is.
+
+  Any common factor of alpha and sigma cancels.
+  """
   with np.errstate(divide="ignore"):
     lam = np.log(alpha) - np.log(sigma)
     match variable:
       case "lambda":
         return lam
       case "t":
-        return schedule.t_of_lambda(lam)
+        return at.schedule.t_of_lambda(lam - math.log(at.data_std))
       case "rho":
         return sigma / alpha
       case "phi":
@@ -217,8 +232,8 @@ def lagrange_weights(
       density = (cos + sin) ** -2
     case _:
       density = np.ones_like(cos)
-  u = coordinate(variable, at.schedule, cos, sin)
-  node = coordinate(variable, at.schedule, at.alpha, at.sigma)[points]
+  u = coordinate(variable, at, cos, sin)
+  node = coordinate(variable, at, at.alpha, at.sigma)[points]
   mass = scale(gauge, at.alpha, at.sigma)[b] * density * ds
   weights = [
     np.sum(mass * np.prod([(u - v) / (w - v) for v in np.delete(node, j)], 0))
@@ -333,8 +348,8 @@ def multistep(
   orders = step_orders(num, order, final)
   s = scale(gauge, at.alpha, at.sigma)
   eta = np.zeros(num) if eta is None else eta
-  target = targets(at.schedule, at.t[:-1], prediction, gauge)
-  finite = np.isfinite(coordinate(variable, at.schedule, at.alpha, at.sigma))
+  target = targets(at.schedule, at.t[:-1], prediction, gauge, at.data_std)
+  finite = np.isfinite(coordinate(variable, at, at.alpha, at.sigma))
   usable = finite[:-1] & finite[1:] & (s[1:] > 0)  # [N], of the steps
   if final == "full" and orders[-1] > 1 and not usable[-1]:
     raise ValueError(
@@ -406,9 +421,15 @@ def ddim_step(
 
 
 def targets(
-  schedule: Schedule, t: np.ndarray, prediction: str, gauge: str
+  schedule: Schedule,
+  t: np.ndarray,
+  prediction: str,
+  gauge: str,
+  data_std: float = 1.0,
 ) -> np.ndarray:
   """Rows (z, out) with m = z x + out output at times t [N], -> [N, 2].
+
+  m is that of x0 / data_std.
 
   Raises:
     ValueError: where the prediction does not determine the gauge's target.
@@ -416,9 +437,10 @@ def targets(
   alpha, sigma = schedule.alpha_sigma(t)
   with np.errstate(divide="ignore", invalid="ignore"):
     rate = schedule.rate(t) if prediction == "velocity" else None
-    target = np.stack(
-      predictions.affine(prediction, TARGETS[gauge], alpha, sigma, rate), -1
+    target = predictions.affine(
+      prediction, TARGETS[gauge], alpha, sigma, rate, data_std
     )
+  target = np.stack(target, -1)
   bad = ~np.isfinite(target).all(-1)
   if bad.any():
     i = int(np.argmax(bad))

@@ -14,6 +14,7 @@ from absl.testing import absltest, parameterized
 from giantsteps.samplers.diffusion import (
   betas,
   grids,
+  guidance,
   schedules,
   solvers,
   tables,
@@ -51,6 +52,9 @@ SOLVERS = {
   "adams_data": P(solvers.adams, gauge="data", variable="lambda", final="none"),
   "adams_flow": P(solvers.adams, order=3),
   "adams_angle": P(solvers.adams, gauge="angle", variable="phi", order=4),
+  "default": lambda schedule, times, prediction: solvers.default(
+    schedule, len(times) - 1, t_end=times[-1], prediction=prediction
+  ),
   "flow_heun": P(solvers.runge_kutta, gauge="flow"),
   "noise_2m": P(solvers.dpm_solver, final="none"),
   "noise_3s": P(solvers.dpm_solver, order=3, method="singlestep"),
@@ -110,6 +114,40 @@ class EndsTest(parameterized.TestCase):
     self.assertEqual(out.dtype, jnp.float32)
     self.assertTrue(np.isfinite(out).all())
     self.assertTrue(np.isfinite(slope).all())
+
+  def test_one_program_for_everything(self):
+    traces = []
+
+    def network(x, t, condition):
+      traces.append(x.shape)
+      return 0.5 * jnp.tanh(x + condition)
+
+    @jax.jit
+    def guided(x, table, scale, noise):
+      predict = guidance.classifier_free(network, 1.0 + 0 * x, 0.0, scale)
+      return tables.sample(predict, x, table, noise=noise)
+
+    x = jax.random.normal(jax.random.key(0), (2, 3))
+    shapes, runs = set(), 0
+    for name in ("vp_linear", "edm", "flow_3", "discrete"):
+      schedule = SCHEDULES[name]
+      times = grids.uniform_time(schedule, num_steps=6)
+      for prediction in PREDICTIONS:
+        for make in SOLVERS.values():
+          try:
+            table = make(schedule, times, prediction=prediction)
+          except ValueError:
+            continue
+          noise = None
+          if table.noise.any():
+            noise = jax.random.normal(jax.random.key(1), (table.nfe, *x.shape))
+          shapes.add((table.nfe, noise is None))
+          for scale in (1.0, 7.5):
+            guided(x, tables.resize(table, 5), jnp.float32(scale), noise)
+            runs += 1
+    self.assertLen(traces, len(shapes))
+    self.assertLess(len(shapes), 8)
+    self.assertGreater(runs, 900)
 
 
 if __name__ == "__main__":
