@@ -25,7 +25,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of a training run of a flow.", required=True
 )
 _SOLVER = flags.DEFINE_enum(
-  "solver", "unipc", sampling.SOLVERS, "Which table of coefficients."
+  "solver", "default", sampling.SOLVERS, "Which table of coefficients."
 )
 _NFE = flags.DEFINE_integer("nfe", 20, "Calls of the model.", lower_bound=1)
 _NUM = flags.DEFINE_integer("num_samples", 64, "Images.", lower_bound=1)

@@ -107,7 +107,7 @@ def error_curves(
   columns = min(4, len(problems))
   lines = math.ceil(len(problems) / columns)
   figure, panels = pyplot.subplots(
-    lines, columns, figsize=(3.6 * columns, 3.2 * lines), dpi=110, squeeze=False
+    lines, columns, figsize=(3.6 * columns, 3.2 * lines), dpi=75, squeeze=False
   )
   colors = {"giantsteps": "C3", "authors": "C0", "diffusers": "0.6"}
   for axes in panels.flat[len(problems) :]:

@@ -35,11 +35,11 @@ def test_train_and_sample_digits(tmp_path):
   call("train", "--config=digits_flow_smoke", f"--workdir={tmp_path}")
   said = json.loads(call("sample", f"--workdir={tmp_path}", "--nfe=6"))
   assert said["nfe"] == 6 and said["images"] == 64
-  images = np.load(tmp_path / "samples" / "unipc_6.npz")["image"]
+  images = np.load(tmp_path / "samples" / "default_6.npz")["image"]
   assert images.shape == (64, 8, 8, 1) and np.isfinite(images).all()
   # 300 steps suffice to find the mean and the spread of the pixels
   assert -0.6 < images.mean() < -0.2 and 0.5 < images.std() < 1.0
-  assert (tmp_path / "samples" / "unipc_6.png").stat().st_size > 1000
+  assert (tmp_path / "samples" / "default_6.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("config", ["code_lm_smoke", "code_ar_smoke"])
