@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.models import layers, mlp
+from giantsteps.models import layers, mlp, partitioning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Dit(nn.Module):
       **dtypes,
     )(t, s, labels)[:, None]  # [B, 1, D]
     stack = nn.scan(
-      layers.remat(_Block, cfg.remat),
+      layers.remat(partitioning.gather_layer(_Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
@@ -143,6 +143,7 @@ class _Block(nn.Module):
     """h [B, T, D], c [B, 1, D] -> (h, None), as nn.scan wants it."""
     cfg = self.config
     dtypes: Any = {"dtype": cfg.dtype, "param_dtype": cfg.param_dtype}
+    h = partitioning.constrain_rows(h)
     parts = mlp.modulation(6, cfg.width, dtypes, "modulation")(c)
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts
     y = nn.Dense(3 * cfg.width, name="qkv", **dtypes)(

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.models import layers, transformer
+from giantsteps.models import layers, partitioning, transformer
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # W0, W1, W2
 Order = str | Sequence[tuple[int, int, bool, bool]]
@@ -590,6 +590,7 @@ class Block(nn.Module):
   ) -> tuple[jax.Array, None]:
     """x [B, T, D], positions [B or 1, T] -> ([B, T, D], None)."""
     cfg = self.config
+    x = partitioning.constrain_rows(x)
     y = _norm(cfg, "mixer_norm")(x)
     x = x + LactLayer(cfg, name="mixer")(y, positions)
     y = _norm(cfg, "mlp_norm")(x)
@@ -643,7 +644,7 @@ class Lact(nn.Module):
       cfg.param_dtype,
     )
     stack = nn.scan(
-      layers.remat(Block, cfg.remat),
+      layers.remat(partitioning.gather_layer(Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast,),  # pyright: ignore[reportArgumentType]

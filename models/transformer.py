@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.models import layers
+from giantsteps.models import layers, partitioning
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -161,7 +161,7 @@ class Transformer(nn.Module):
         cfg.param_dtype,
       )
     stack = nn.scan(
-      layers.remat(Block, cfg.remat),
+      layers.remat(partitioning.gather_layer(Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
       in_axes=(nn.broadcast,),  # pyright: ignore[reportArgumentType]
@@ -183,6 +183,7 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, None]:
     """x [B, T, D], rotary angle [B or 1, T, K/2] -> ([B, T, D], None)."""
+    x = partitioning.constrain_rows(x)
     x = x + self._attention(_norm(self.config, "attention_norm")(x), angle)
     return x + self._mlp(_norm(self.config, "mlp_norm")(x)), None
 

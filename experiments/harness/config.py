@@ -60,6 +60,11 @@ class Optim:
     eps: added to the root of the second moment.
     weight_decay: decoupled, per step and unit of rate.
     clip_norm: largest global norm of the gradient; 0 does not clip.
+    shards: parts in which parameters and moments, float32, are held along the
+      data axis, which must divide it (research/large_batch/
+      sharded_update.py); a checkpoint fits all such meshes. 0: every device
+      holds all.
+    reduce_dtype: with shards, in which gradients are added across devices.
   """
 
   name: Literal["lamb", "adamw", "muon"] = "lamb"
@@ -73,6 +78,8 @@ class Optim:
   eps: float = 1e-6
   weight_decay: float = 0.01
   clip_norm: float = 1.0
+  shards: int = 0
+  reduce_dtype: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +238,7 @@ _RANGES = {  # low <= value < high
   "checkpoint_every": (0, _LARGE),
   "keep_every": (0, _LARGE),
   "optim.warmup": (0, _LARGE),
+  "optim.shards": (0, _LARGE),
   "optim.learning_rate": (0, _LARGE),
   "optim.eps": (0, _LARGE),
   "optim.weight_decay": (0, _LARGE),

@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from giantsteps.experiments.harness import checkpointing, data, metrics
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
+from giantsteps.experiments.harness import placement as placement_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
 
 
@@ -33,7 +34,7 @@ class State(NamedTuple):
 
   Attributes:
     step: [] int32, updates tried so far.
-    params: the network.
+    params: the network, in the form of its `Placement`.
     opt_state: of the optax transform.
     ema: averaged parameters, float32; equal to `params` if ema_decay is 0.
     skipped: [] int32, non-finite updates in a row.
@@ -51,35 +52,41 @@ class Diverged(RuntimeError):
 
 
 def init_state(
-  cfg: config_lib.Config, task: tasks_lib.Task, tx: optax.GradientTransformation
+  cfg: config_lib.Config,
+  task: tasks_lib.Task,
+  tx: optax.GradientTransformation,
+  pack: Callable = lambda params: params,
 ) -> State:
   """The state before step 1, a pure function of the config.
 
   To be jitted: only then do equal leaves own a buffer each, as donation needs.
+  `pack` is the placement's.
   """
-  params = task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0))
+  params = pack(task.init(jax.random.fold_in(jax.random.key(cfg.seed), 0)))
   ema = jax.tree.map(lambda p: p.astype(jnp.float32), params)
   zero = jnp.zeros((), jnp.int32)
   return State(zero, params, tx.init(params), ema, zero)
 
 
 def make_update(
-  cfg: config_lib.Config, task: tasks_lib.Task, tx: optax.GradientTransformation
+  cfg: config_lib.Config,
+  task: tasks_lib.Task,
+  tx: optax.GradientTransformation,
+  gradient: Callable,
 ) -> Callable:
   """Builds update(state, batches, n) -> (state, metrics), not yet jitted.
 
   `batches` holds K steps, leaves [K, B, ...]; the first n are run, n traced,
   so a shorter last call does not recompile. Metrics are float32 [K], zero
-  from n on: loss, grad_norm, skipped (in a row, after the step).
+  from n on: loss, grad_norm, skipped (in a row, after the step). `gradient`
+  is the placement's.
   """
   root = jax.random.fold_in(jax.random.key(cfg.seed), 1)
 
   def step(state: State, batch: dict) -> tuple[State, dict]:
     key = jax.random.fold_in(root, state.step)
     arrays = task.corrupt(batch, key)
-    loss, grads = _mean_gradient(
-      task.loss, state.params, arrays, cfg.accumulate
-    )
+    loss, grads = gradient(state.params, arrays)
     norm = optax.tree.norm(grads)
     if cfg.optim.clip_norm:
       scale = jnp.minimum(1.0, cfg.optim.clip_norm / norm)
@@ -114,32 +121,6 @@ def make_update(
   return update
 
 
-def _mean_gradient(loss: Callable, params: Any, arrays: dict, parts: int):
-  """Loss and gradient of the whole batch from `parts` micro-batches.
-
-  Row i goes to micro-batch i mod parts: neighbours, which share a device,
-  are spread evenly. The sum is float32 and local until the end.
-  """
-  gradient = jax.value_and_grad(loss)
-  if parts == 1:
-    return gradient(params, arrays)
-
-  def split(x):
-    rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:])
-    return jnp.swapaxes(rows, 0, 1)
-
-  def add(total, micro):
-    value, grads = gradient(params, micro)
-    wide = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-    return jax.tree.map(jnp.add, total, (value, wide)), None
-
-  zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-  total, _ = jax.lax.scan(
-    add, (jnp.zeros(()), zeros), jax.tree.map(split, arrays)
-  )
-  return jax.tree.map(lambda x: x / parts, total)
-
-
 def _average(decay: float, state: State, params: Any) -> Any:
   """Moves the averages; the decay rises as (1 + t)/(10 + t) at the start."""
   t = state.step.astype(jnp.float32)
@@ -154,16 +135,29 @@ def compile_update(
   tx: optax.GradientTransformation,
   mesh: Mesh,
 ) -> Callable:
-  """`make_update`, jitted for the mesh: state donated and replicated, the
-  rows of the batch spread over the data axis."""
-  whole = mesh_lib.replicated(mesh)
+  """`make_update`, jitted for the mesh: the state is donated and lies as its
+  placement says, the rows of the batch are spread over the batch axes."""
+  placement = placement_lib.make(cfg, task, mesh)
+  places = placement.shardings(state_shapes(cfg, task, tx, placement))
   rows = mesh_lib.batch_sharding(mesh, axis=1)
   return jax.jit(
-    make_update(cfg, task, tx),
-    in_shardings=(whole, rows, None),
-    out_shardings=(whole, whole),
+    make_update(cfg, task, tx, placement.gradient),
+    in_shardings=(places, rows, None),
+    out_shardings=(places, mesh_lib.replicated(mesh)),
     donate_argnums=0,
   )
+
+
+def state_shapes(
+  cfg: config_lib.Config,
+  task: tasks_lib.Task,
+  tx: optax.GradientTransformation,
+  placement: placement_lib.Placement,
+) -> State:
+  """Shapes and dtypes of `init_state`, with the placement's shardings."""
+  shapes = jax.eval_shape(lambda: init_state(cfg, task, tx, placement.pack))
+  put = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+  return jax.tree.map(put, shapes, placement.shardings(shapes))
 
 
 @contextlib.contextmanager
@@ -245,27 +239,24 @@ def restore(
   task: tasks_lib.Task,
   mesh: Mesh,
 ) -> State:
-  """The newest intact state of a work folder.
+  """The newest intact state of a work folder, its networks unpacked.
 
   Raises:
     InputError: if there is no checkpoint.
     CorruptCheckpoint: if every checkpoint is damaged.
   """
-  template = _template(cfg, task, tasks_lib.optimizer(cfg), mesh)
+  placement = placement_lib.make(cfg, task, mesh)
+  template = state_shapes(cfg, task, tasks_lib.optimizer(cfg), placement)
   with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
     restored = checkpoints.restore(template)
   if restored is None:
     raise config_lib.InputError(
       f"--workdir {workdir} holds no checkpoint yet; run train first"
     )
-  return restored[1]
-
-
-def _template(cfg, task, tx, mesh):
-  whole = mesh_lib.replicated(mesh)
-  shapes = jax.eval_shape(lambda: init_state(cfg, task, tx))
-  put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
-  return jax.tree.map(put, shapes)
+  state = restored[1]
+  return state._replace(
+    params=placement.unpack(state.params), ema=placement.unpack(state.ema)
+  )
 
 
 def _checkpoints(workdir, cfg):
@@ -290,7 +281,7 @@ def train(
     cfg: the run.
     workdir: config.json, metrics.jsonl and checkpoints go there; a run that
       was interrupted goes on from its newest intact checkpoint.
-    mesh: devices; batch_size must be a multiple of its data axis.
+    mesh: devices; batch_size must be a multiple of its data and fsdp axes.
     dataset: what `tasks.load_data(cfg)` returns, if at hand.
     label: beside the progress bar.
     stop: asked before each call of the program; True saves and returns.
@@ -303,27 +294,26 @@ def train(
     InputError: if config, data, mesh and folder do not fit together.
     Diverged: after cfg.max_skipped non-finite updates in a row.
   """
-  shards = mesh.shape["data"]
-  if cfg.batch_size % (shards * cfg.accumulate):
-    raise config_lib.InputError(
-      f"batch_size={cfg.batch_size} is not a multiple of --mesh data={shards} "
-      f"times accumulate={cfg.accumulate}"
-    )
   dataset = dataset or tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, dataset.description)
+  placement = placement_lib.make(cfg, task, mesh)
   prepare_workdir(workdir, cfg, dataset.description)
   tx = tasks_lib.optimizer(cfg)
   with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
-    restored = checkpoints.restore(_template(cfg, task, tx, mesh))
+    shapes = state_shapes(cfg, task, tx, placement)
+    restored = checkpoints.restore(shapes)
     if restored is not None:
       state = restored[1]
       logging.info("resuming %s from step %d", workdir, int(state.step))
     else:
-      make = lambda: init_state(cfg, task, tx)
-      state = jax.jit(make, out_shardings=mesh_lib.replicated(mesh))()
+      make = lambda: init_state(cfg, task, tx, placement.pack)
+      places = jax.tree.map(lambda x: x.sharding, shapes)
+      state = jax.jit(make, out_shardings=places)()
     if int(state.step) == cfg.steps:
       return state, task
-    loop = _Loop(cfg, workdir, mesh, task, dataset, checkpoints, on_eval, label)
+    loop = _Loop(
+      cfg, workdir, mesh, task, placement, dataset, checkpoints, on_eval, label
+    )
     return loop.run(state, compile_update(cfg, task, tx, mesh), stop), task
 
 
@@ -331,9 +321,19 @@ class _Loop:
   """The host's side of a run: what happens between two dispatches."""
 
   def __init__(
-    self, cfg, workdir, mesh, task, dataset, checkpoints, on_eval, label
+    self,
+    cfg,
+    workdir,
+    mesh,
+    task,
+    placement,
+    dataset,
+    checkpoints,
+    on_eval,
+    label,
   ):
     self.cfg, self.workdir, self.mesh, self.task = cfg, workdir, mesh, task
+    self.unpack = jax.jit(placement.unpack)
     self.dataset, self.checkpoints, self.on_eval = dataset, checkpoints, on_eval
     self.label = label
     self.evaluate = jax.jit(task.evaluate)
@@ -413,7 +413,8 @@ class _Loop:
 
   def evaluation(self, step: int, state: State) -> None:
     """Held-out metrics of the averaged parameters."""
-    values = held_out(self.cfg, self.evaluate, self.dataset.held_out, state.ema)
+    params = self.unpack(state.ema)
+    values = held_out(self.cfg, self.evaluate, self.dataset.held_out, params)
     self.writer.write(step, values | {"time": time.time()})
     logging.info(
       "step %d: %s",
@@ -421,7 +422,7 @@ class _Loop:
       ", ".join(f"{name} {value:.4g}" for name, value in values.items()),
     )
     if self.on_eval:
-      self.on_eval(step, state.ema)
+      self.on_eval(step, params)
 
   def save(self, step: int, state: State) -> int:
     """Starts an asynchronous checkpoint of `step`."""

@@ -1,0 +1,323 @@
+"""Compiles the training step for a TPU pod on a machine without one.
+
+  python -m giantsteps.experiments.compile_for_pod --config bert_large \\
+      --topology v5e:16x16 --mesh data=256 --accumulate 4 --json pod.json
+
+Says before a chip is rented: memory per chip and what takes it, floating-point
+operations, every collective with its bytes per step, the time below which no
+step can be on that chip, whether it fits and what dominates. Needs the package
+libtpu, which is the compiler and wants no TPU.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from giantsteps.experiments.harness import chips as chips_lib
+from giantsteps.experiments.harness import cli, collectives, data, flops
+from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import mesh as mesh_lib
+from giantsteps.experiments.harness import placement as placement_lib
+from giantsteps.experiments.harness import tasks, training
+
+_CONFIG = flags.DEFINE_string(
+  "config", None, "Module in experiments/configs.", required=True
+)
+_SET = flags.DEFINE_multi_string(
+  "set", [], "Override a field, e.g. optim.shards=0; may be repeated."
+)
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:16x16", "Chip and slice.")
+_MESH = flags.DEFINE_string(
+  "mesh", "", "Chips by axis, e.g. data=256; empty is data = all chips."
+)
+_ACCUMULATE = flags.DEFINE_integer(
+  "accumulate", None, "Short for --set accumulate=N.", lower_bound=1
+)
+_JSON = flags.DEFINE_string("json", None, "Writes the report to this file.")
+
+
+class Step(NamedTuple):
+  """A training step that is ready for the compiler.
+
+  Attributes:
+    cfg: the run.
+    mesh: chips of the topology.
+    state, batches: shapes with shardings; one step's batch, leaves [1, B, ..].
+    parameters: numbers in the network.
+    flops: of matrix products, per chip and step.
+    lowered: to be compiled.
+  """
+
+  cfg: config_lib.Config
+  mesh: Mesh
+  state: training.State
+  batches: dict
+  parameters: int
+  flops: float
+  lowered: jax.stages.Lowered
+
+
+def compile_step(
+  config: str, topology: str, mesh: str = "", overrides: Sequence[str] = ()
+) -> jax.stages.Compiled:
+  """The step that `train` runs, compiled for a slice.
+
+  Args:
+    config: module in experiments/configs.
+    topology: "v5e:16x16".
+    mesh: "data=256"; empty is data = all chips.
+    overrides: as of `--set`.
+
+  Raises:
+    InputError: if config, topology and mesh do not fit together.
+    jax.errors.JaxRuntimeError: what the compiler says; RESOURCE_EXHAUSTED if
+      the step does not fit.
+  """
+  return lower(config, topology, mesh, overrides).lowered.compile()
+
+
+def lower(
+  config: str, topology: str, mesh: str = "", overrides: Sequence[str] = ()
+) -> Step:
+  """As `compile_step`, up to the compiler."""
+  chips = slice_devices(topology)
+  sizes = mesh_lib.parse(mesh) if mesh else {"data": len(chips)}
+  if math.prod(sizes.values()) != len(chips):
+    raise config_lib.InputError(
+      f"--mesh {mesh} is {math.prod(sizes.values())} chips, {topology} has "
+      f"{len(chips)}"
+    )
+  cfg = config_lib.load(config, [*overrides, "steps_per_dispatch=1"])
+  task = tasks.build(cfg, _description(cfg))
+  tx, devices = tasks.optimizer(cfg), mesh_lib.make(sizes, chips)
+  state = training.state_shapes(
+    cfg, task, tx, placement_lib.make(cfg, task, devices)
+  )
+  batches = _batches(cfg, devices)
+  update = training.compile_update(cfg, task, tx, devices)
+  traced = update.trace(state, batches, jnp.int32(1))
+  shapes = jax.eval_shape(task.init, jax.random.key(0))
+  return Step(
+    cfg=cfg,
+    mesh=devices,
+    state=state,
+    batches=batches,
+    parameters=sum(x.size for x in jax.tree.leaves(shapes)),
+    flops=flops.count(traced.jaxpr, len(chips)) / len(chips),
+    lowered=traced.lower(),
+  )
+
+
+def slice_devices(topology: str) -> Sequence[jax.Device]:
+  """The chips of a slice that is not here.
+
+  Raises:
+    InputError: if libtpu is missing or does not know the topology.
+  """
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  try:
+    import libtpu  # noqa: F401
+  except ImportError as error:
+    raise config_lib.InputError(
+      "the compiler for TPUs is missing: pip install libtpu"
+    ) from error
+  known = chips_lib.known()
+  if topology not in known:
+    raise config_lib.InputError(
+      f"unknown --topology {topology!r}: there are {', '.join(known)}"
+    )
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except Exception as error:  # libtpu of another jax, a locked device
+    raise config_lib.InputError(
+      f"--topology {topology}: libtpu says {str(error).splitlines()[0]}"
+    ) from error
+  return found.devices
+
+
+def report(step: Step, chip: chips_lib.Chip) -> dict[str, Any]:
+  """Compiles the step and describes it; plain JSON, bytes per chip and step."""
+  start = time.perf_counter()
+  out: dict[str, Any] = {
+    "chips": step.mesh.size,
+    "mesh": dict(step.mesh.shape),
+    "parameters": step.parameters,
+    "flops": step.flops,
+    "blocked": [],
+  }
+  parts = {
+    "parameters": _bytes(step.state.params),
+    "optimizer": _bytes(step.state.opt_state),
+    "average": _bytes(step.state.ema),
+    "batch": _bytes(step.batches),
+  }
+  try:
+    compiled = step.lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    said = " ".join(str(error).split())[:300]
+    return out | {"fits": False, "memory": parts, "compiler": said}
+  out["compile_seconds"] = time.perf_counter() - start
+  memory = compiled.memory_analysis()
+  assert memory is not None
+  peak = memory.peak_memory_in_bytes
+  out["memory"] = parts | {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes,
+    "reused": memory.alias_size_in_bytes,
+    "peak": peak,
+    "capacity": chip.memory,
+  }
+  out["fits"] = bool(peak <= chip.memory)
+  try:
+    text = compiled.as_text()
+    assert text is not None
+  except jax.errors.JaxRuntimeError as error:
+    said = " ".join(str(error).split())[:200]
+    out["blocked"].append(
+      f"collectives: jaxlib cannot read the text of this program ({said}); "
+      "memory is right, take collectives from a v5e topology"
+    )
+    return out | _roofline(step.flops, None, 0.0, chip)
+  found = collectives.parse(text)
+  out["collectives"] = [
+    {
+      "kind": c.kind,
+      "dtype": c.dtype,
+      "bytes": c.bytes * c.count,
+      "operand_bytes": c.operand_bytes * c.count,
+      "wire_bytes": c.wire_bytes * c.count,
+      "group": c.group,
+      "count": c.count,
+      "in_loop": c.in_loop,
+      "source": c.source,
+    }
+    for c in found
+  ]
+  wire = sum(c.wire_bytes * c.count for c in found)
+  return out | _roofline(step.flops, wire, collectives.cycles(text), chip)
+
+
+def _roofline(
+  work: float, wire: float | None, cycles: float, chip: chips_lib.Chip
+) -> dict[str, Any]:
+  """Seconds per step below which nothing can be, by what is at its limit.
+
+  The network's figure takes one side of the torus at a time, both directions.
+  The schedule is the compiler's own estimate, memory traffic included.
+  """
+  seconds = {"products": work / chip.flops}
+  if wire is not None:
+    seconds["network"] = wire / (2 * chip.link)
+  dominates = max(seconds, key=lambda name: seconds[name])
+  if cycles:
+    seconds["schedule"] = cycles / chip.clock
+  return {"seconds": seconds, "dominates": dominates}
+
+
+def words(found: dict[str, Any]) -> str:
+  """The report as a text of a dozen lines."""
+  gib = lambda size: f"{size / 2**30:.3f} GiB"
+  lines = [
+    f"{found['parameters'] / 1e6:.1f} M parameters on {found['chips']} chips, "
+    f"mesh {found['mesh']}; {found['flops'] / 1e12:.3f} TFLOP per chip and step"
+  ]
+  lines += ["memory per chip:"]
+  lines += [f"  {name:<12} {gib(n)}" for name, n in found["memory"].items()]
+  if "collectives" in found:
+    totals = collections.defaultdict(lambda: [0, 0.0, 0.0, 0])
+    for row in found["collectives"]:
+      total = totals[row["kind"], row["dtype"]]
+      total[0] += row["count"]
+      total[1] += row["bytes"]
+      total[2] += row["wire_bytes"]
+      total[3] += row["count"] if row["in_loop"] else 0
+    lines += ["collectives per chip and step:"]
+    lines += [
+      f"  {kind:<18} {dtype:<10} {count:5d} x, results {size / 1e6:9.1f} MB, "
+      f"sent {wire / 1e6:9.1f} MB, in loops {inside}"
+      for (kind, dtype), (count, size, wire, inside) in sorted(totals.items())
+    ]
+  lines += [f"blocked: {what}" for what in found["blocked"]]
+  if "compiler" in found:
+    lines += [f"the compiler says: {found['compiler']}"]
+  verdict = "fits" if found["fits"] else "DOES NOT FIT"
+  if "seconds" in found:
+    times = ", ".join(
+      f"{name} {1e3 * t:.2f} ms" for name, t in found["seconds"].items()
+    )
+    lines += [f"time per step: {times}"]
+    memory = found["memory"]
+    verdict += (
+      f": {gib(memory['peak'])} of {gib(memory['capacity'])} at the peak; "
+      f"{found['dominates']} dominate{'' if found['dominates'] == 'products' else 's'}"
+    )
+  return "\n".join([*lines, verdict])
+
+
+def _batches(cfg: config_lib.Config, mesh: Mesh) -> dict:
+  """Shapes of one step's rows, [1, B, ...], over the batch axes."""
+  places = mesh_lib.batch_sharding(mesh, axis=1)
+
+  def put(shape, dtype):
+    shape = (1, cfg.batch_size, *shape)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=places)
+
+  if cfg.task != "flow":
+    return {"tokens": put((cfg.data.seq_len,), jnp.int32)}
+  rows = tasks.load_data(cfg).train.read(np.zeros(1, np.int64))
+  return {name: put(x.shape[1:], x.dtype) for name, x in rows.items()}
+
+
+def _description(cfg: config_lib.Config) -> dict:
+  if cfg.task != "flow":
+    return {"kind": "tokens"}
+  return data.load(cfg.data).description
+
+
+def _bytes(tree: Any) -> int:
+  """Bytes on one chip."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def main() -> int:
+  """Prints the report of the flags' config; 1 if it does not fit."""
+  overrides = list(_SET.value)
+  if _ACCUMULATE.value is not None:
+    overrides.append(f"accumulate={_ACCUMULATE.value}")
+  path = _JSON.value and pathlib.Path(_JSON.value)
+  if path and not path.parent.is_dir():
+    raise config_lib.InputError(f"--json {path}: no folder {path.parent}")
+  step = lower(_CONFIG.value, _TOPOLOGY.value, _MESH.value, overrides)
+  chip = chips_lib.CHIPS[_TOPOLOGY.value.partition(":")[0]]
+  found = report(step, chip)
+  found = {
+    "config": _CONFIG.value,
+    "topology": _TOPOLOGY.value,
+    "overrides": overrides,
+  } | found
+  print(words(found))
+  if path:
+    path.write_text(json.dumps(found, indent=2) + "\n")
+  return 0 if found["fits"] else 1
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,47 @@
+"""Figures of TPU chips, for a roofline.
+
+Source: Google Cloud's pages of each generation ("TPU v5e", ...) and "How to
+Scale Your Model" (jax-ml.github.io/scaling-book), table of TPU specs.
+"""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+  """Peak figures of one chip.
+
+  Attributes:
+    flops: of bfloat16 products, per second.
+    memory: bytes of HBM.
+    bandwidth: bytes per second to and from HBM.
+    link: bytes per second of one link of the network, one way.
+    clock: Hz.
+    sides: of the torus, 2 or 3; each has a link in both directions.
+    topologies: slices that can be rented.
+  """
+
+  flops: float
+  memory: float
+  bandwidth: float
+  link: float
+  clock: float
+  sides: int
+  topologies: tuple[str, ...]
+
+
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_SOLID = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
+_SOLID = (*_SOLID, "8x8x8", "8x8x16", "8x16x16")
+GIB = 2.0**30
+
+CHIPS = {
+  "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 1.05e9, 3, _SOLID),
+  "v5e": Chip(197e12, 16 * GIB, 8.1e11, 45e9, 1.5e9, 2, _FLAT),
+  "v5p": Chip(459e12, 95 * GIB, 2.8e12, 90e9, 1.75e9, 3, _SOLID),
+  "v6e": Chip(920e12, 32 * GIB, 1.6e12, 90e9, 1.75e9, 2, _FLAT),
+}
+
+
+def known() -> list[str]:
+  """All topologies by name: "v5e:16x16", ..."""
+  return [f"{name}:{s}" for name, c in CHIPS.items() for s in c.topologies]

@@ -1,0 +1,147 @@
+"""Where parameters and activations live on a mesh: path -> PartitionSpec.
+
+Three kinds of mesh axis. `data` splits the rows of a batch. `fsdp` splits the
+rows, too, and every matrix along the side that `model` leaves alone: a layer
+is gathered when it is needed ("fully sharded data parallel", arXiv:2304.11277).
+`model` splits the heads and hidden units of a layer ("tensor parallel",
+arXiv:1909.08053): the matrices into a block by columns, those out of it by
+rows, so that a block sums over the axis twice. On a TPU torus the data axis
+may lie on several sides and is then several mesh axes, data_0, data_1, ...
+
+The table is for the stacks of transformer.py, lact.py and dit.py; what it does
+not name is held whole by every device.
+"""
+
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+AXES = ("data", "fsdp", "model")
+
+# Pattern of the whole path -> axes of the last dimensions.
+_RULES = (
+  (r"embed/embedding", ("model", "fsdp")),  # [V, D]
+  (r"head", ("fsdp", "model")),  # [D, V]
+  (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/kernel", ("fsdp", "model")),
+  (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/bias", ("model",)),
+  (r"layers/(.*/)?(o|attention_out|down)/kernel", ("model", "fsdp")),
+  (r"layers/mixer/w[012](_left|_right)?", ("model", "fsdp", None)),  # [H, ., .]
+  (r"(conditioning/.*|out_modulation)/kernel", ("fsdp", None)),
+)
+
+
+def data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes that the data axis is made of, major first."""
+  return tuple(name for name in mesh.axis_names if name.startswith("data"))
+
+
+def batch_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+  """The mesh axes that split the rows of a batch: data and fsdp."""
+  fsdp = ("fsdp",) if "fsdp" in mesh.axis_names else ()
+  return (*data_axes(mesh), *fsdp)
+
+
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+  """Where one parameter lives.
+
+  Args:
+    path: its keys, "layers/q/kernel".
+    shape: its shape; a dimension that an axis does not divide stays whole.
+    mesh: axes it lacks, or has with size 1, are left out.
+  """
+  axes = next((a for p, a in _RULES if re.fullmatch(p, path)), ())
+  axes = (None,) * (len(shape) - len(axes)) + axes[: len(shape)]
+  fits = lambda axis, size: (
+    mesh.shape.get(axis, 1) > 1 and size % mesh.shape[axis] == 0
+  )
+  return P(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
+
+
+def specs(params: Any, mesh: Mesh | AbstractMesh) -> Any:
+  """`spec` of every leaf of a tree of parameters, gradients or moments."""
+  place = lambda path, x: spec(_join(path), x.shape, mesh)
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+def shardings(state: Any, params: Any, places: Any, mesh: Mesh) -> Any:
+  """Shardings of a state that holds trees like `params`, such as moments.
+
+  Args:
+    state: arrays or shapes. A leaf lies as the parameter whose path its own
+      path ends with, if it has that shape; all others are whole everywhere.
+    params: the parameters, or their shapes.
+    places: a tree of PartitionSpec like `params`.
+    mesh: the devices.
+
+  Returns:
+    A tree of NamedSharding like `state`.
+  """
+  flat = jax.tree_util.tree_flatten_with_path(params)[0]
+  owners = {
+    (_join(path), x.shape): place
+    for (path, x), place in zip(flat, jax.tree.leaves(places), strict=True)
+  }
+
+  def leaf(path, x):
+    keys = _join(path).split("/")
+    ends = [("/".join(keys[i:]), x.shape) for i in range(len(keys))]
+    place = next((owners[end] for end in ends if end in owners), P())
+    return NamedSharding(mesh, place)
+
+  return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def constrain_rows(x: jax.Array) -> jax.Array:
+  """x [B, ...], its rows over the batch axes and the rest whole.
+
+  Without it the partitioner may move the activations to where the weights
+  are. Does nothing where no mesh is set (`jax.sharding.use_abstract_mesh`) and
+  inside `shard_map`, whose arrays have one place already.
+  """
+  mesh = _automatic_mesh()
+  if mesh is None:
+    return x
+  rows = P(batch_axes(mesh), *[None] * (x.ndim - 1))
+  return jax.lax.with_sharding_constraint(x, rows)
+
+
+def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:
+  """A block whose parameters are whole along `fsdp` while it runs.
+
+  Put inside `nn.scan` and `nn.remat`: one layer is gathered at a time, and
+  again in the backward pass.
+
+  Args:
+    block: the module that is scanned.
+    name: of the stack in the parameters, "layers".
+  """
+  mesh = _automatic_mesh()
+  if mesh is None or mesh.shape.get("fsdp", 1) == 1:
+    return block
+
+  def gather(variables):
+    def leaf(path, x):
+      keys = _join(path).split("/")
+      place = spec("/".join([name, *keys[1:]]), x.shape, mesh)
+      kept = P(*(None if axis == "fsdp" else axis for axis in place))
+      return jax.lax.with_sharding_constraint(x, kept)
+
+    return jax.tree_util.tree_map_with_path(leaf, variables)
+
+  return nn.map_variables(block, "params", trans_in_fn=gather, init=False)
+
+
+def _automatic_mesh() -> AbstractMesh | None:
+  """The mesh in use, if the partitioner is to place arrays on it."""
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
+  return mesh if not mesh.empty and automatic else None
+
+
+def _join(path: tuple) -> str:
+  keys = (getattr(key, "key", getattr(key, "name", key)) for key in path)
+  return "/".join(str(key) for key in keys)
