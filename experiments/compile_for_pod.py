@@ -26,11 +26,17 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from giantsteps.experiments.harness import chips as chips_lib
-from giantsteps.experiments.harness import cli, collectives, data, flops
+from giantsteps.experiments.harness import (
+  cli,
+  collectives,
+  data,
+  flops,
+  tasks,
+  training,
+)
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
-from giantsteps.experiments.harness import tasks, training
 
 _CONFIG = flags.DEFINE_string(
   "config", None, "Module in experiments/configs.", required=True

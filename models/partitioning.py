@@ -58,7 +58,9 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
   fits = lambda axis, size: (
     mesh.shape.get(axis, 1) > 1 and size % mesh.shape[axis] == 0
   )
-  return P(*(a if fits(a, n) else None for a, n in zip(axes, shape)))
+  return P(
+    *(a if fits(a, n) else None for a, n in zip(axes, shape, strict=True))
+  )
 
 
 def specs(params: Any, mesh: Mesh | AbstractMesh) -> Any:

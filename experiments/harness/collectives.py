@@ -31,7 +31,7 @@ _OPCODE = re.compile(r"(?:^| )([a-z][a-z0-9\-]*)\(")
 _ARRAY = re.compile(r"\b([a-z]+[0-9]*\w*)\[([\d,]*)\]")
 _CALLED = re.compile(
   r"(?:calls|to_apply|body|branch_computations|called_computations)="
-  r"\{?%?([\w.\-]+(?:, *%?[\w.\-]+)*)"
+  r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 
 
@@ -246,7 +246,7 @@ def _constants(program: _Program, name: str) -> Iterator[int]:
 
 def _called(op: _Instruction) -> list[str]:
   groups = _CALLED.findall(op.rest)
-  return [n.strip().lstrip("%") for group in groups for n in group.split(",")]
+  return [n for group in groups for n in re.findall(r"[\w.\-]+", group)]
 
 
 def _names(operands: str) -> list[str]:

@@ -224,9 +224,12 @@ def reduce_scatter(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   *layers, rows, lanes = x.shape
   x = x.reshape(*layers, shards, rows // shards, lanes)
   x = jnp.moveaxis(x, len(layers), 0)
+  # One dimension below the scattered one: with the layers apart the compiler
+  # keeps them major in memory instead of moving them, and reduces all.
+  x = x.reshape(shards, -1, lanes)
   for axis in axes:
     x = jax.lax.psum_scatter(x, axis, scatter_dimension=0, tiled=True)
-  return x[0]
+  return x.reshape(*layers, rows // shards, lanes)
 
 
 def all_gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -239,11 +242,12 @@ def all_gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   Returns:
     [..., R, 128], the same on every device.
   """
-  x = x[None]
+  *layers, rows, lanes = x.shape
+  x = x.reshape(1, -1, lanes)
   for axis in reversed(axes):
     x = jax.lax.all_gather(x, axis, tiled=True, to="invarying")
-  x = jnp.moveaxis(x, 0, -3)
-  return x.reshape(*x.shape[:-3], -1, LANES)
+  x = jnp.moveaxis(x.reshape(-1, *layers, rows, lanes), 0, len(layers))
+  return x.reshape(*layers, -1, lanes)
 
 
 def _pack(x: jax.Array, layout: Layout) -> jax.Array:
