@@ -98,14 +98,15 @@ def lower(
   config: str, topology: str, mesh: str = "", overrides: Sequence[str] = ()
 ) -> Step:
   """As `compile_step`, up to the compiler."""
-  chips = slice_devices(topology)
-  sizes = mesh_lib.parse(mesh) if mesh else {"data": len(chips)}
-  if math.prod(sizes.values()) != len(chips):
+  cfg = config_lib.load(config, [*overrides, "steps_per_dispatch=1"])
+  count = _count(topology)
+  sizes = mesh_lib.parse(mesh) if mesh else {"data": count}
+  if math.prod(sizes.values()) != count:
     raise config_lib.InputError(
       f"--mesh {mesh} is {math.prod(sizes.values())} chips, {topology} has "
-      f"{len(chips)}"
+      f"{count}"
     )
-  cfg = config_lib.load(config, [*overrides, "steps_per_dispatch=1"])
+  chips = slice_devices(topology)
   task = tasks.build(cfg, _description(cfg))
   tx, devices = tasks.optimizer(cfg), mesh_lib.make(sizes, chips)
   state = training.state_shapes(
@@ -126,11 +127,21 @@ def lower(
   )
 
 
+def _count(topology: str) -> int:
+  """Chips of a topology, or InputError with those that are known."""
+  known = chips_lib.known()
+  if topology not in known:
+    raise config_lib.InputError(
+      f"unknown --topology {topology!r}: there are {', '.join(known)}"
+    )
+  return math.prod(int(side) for side in topology.split(":")[1].split("x"))
+
+
 def slice_devices(topology: str) -> Sequence[jax.Device]:
   """The chips of a slice that is not here.
 
   Raises:
-    InputError: if libtpu is missing or does not know the topology.
+    InputError: if libtpu is missing or refuses the topology.
   """
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -140,11 +151,6 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
     raise config_lib.InputError(
       "the compiler for TPUs is missing: pip install libtpu"
     ) from error
-  known = chips_lib.known()
-  if topology not in known:
-    raise config_lib.InputError(
-      f"unknown --topology {topology!r}: there are {', '.join(known)}"
-    )
   try:
     found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
   except Exception as error:  # libtpu of another jax, a locked device

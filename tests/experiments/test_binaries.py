@@ -155,6 +155,22 @@ def test_sample_and_generate_refuse_bad_input_in_one_line(files):
   check(invoke("generate", more), more, [["x"]])
 
 
+def test_compile_for_pod_refuses_bad_input_in_one_line():
+  line = lambda *more: ["--config=bert_smoke", *more]
+  cases = [
+    (line("--topology=v9:2x2"), ["v9:2x2", "v5e:16x16"]),
+    (line("--topology=v5e:3x5"), ["v5e:3x5", "v5e:4x4"]),
+    (line("--topology=v5e:4x4", "--mesh=data=8"), ["data=8", "16"]),
+    (line("--topology=v5e:4x4", "--mesh=rows=16"), ["rows"]),
+    (line("--accumulate=0"), ["accumulate"]),
+    (line("--json=/no/such/folder/x.json"), ["/no/such/folder"]),
+    (["--config=bert"], ["bert", "bert_large"]),
+    ([], ["config"]),
+  ]
+  lines, expected = zip(*cases, strict=True)
+  check(invoke("compile_for_pod", list(lines)), lines, expected)
+
+
 def test_help_explains_and_names_the_flags():
   for binary in ("train", "sample", "generate"):
     code = (

@@ -130,7 +130,7 @@ def test_a_stated_trip_count_is_taken():
 
 
 def test_cycles_are_multiplied_by_loops():
-  loop = '%y = f32[16]{0:T(128)} all-reduce(%x), channel_id=1,'
+  loop = "%y = f32[16]{0:T(128)} all-reduce(%x), channel_id=1,"
   text = TEXT.replace(loop, f'{loop} config={{"estimated_cycles":"7"}},')
   assert collectives.cycles(text) == 1000 + 100 + 24 * 7
 

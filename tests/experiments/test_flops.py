@@ -32,7 +32,8 @@ def test_a_scan_and_its_gradient_are_multiplied():
 
 
 def test_the_body_of_a_shard_map_runs_on_every_device():
-  mesh = jax.make_mesh((1,), ("data",))
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((1,), ("data",), axis_types=auto)
   p = jax.sharding.PartitionSpec
   f = jax.shard_map(
     jnp.matmul, mesh=mesh, in_specs=(p("data"), p()), out_specs=p("data")
