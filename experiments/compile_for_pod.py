@@ -10,6 +10,7 @@ libtpu, which is the compiler and wants no TPU.
 """
 
 import collections
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -50,6 +51,12 @@ _MESH = flags.DEFINE_string(
 )
 _ACCUMULATE = flags.DEFINE_integer(
   "accumulate", None, "Short for --set accumulate=N.", lower_bound=1
+)
+_TABLE = flags.DEFINE_bool(
+  "table",
+  False,
+  "Instead: the update whole on every chip (optim.shards=0) and as the config "
+  "says, each with accumulate=1 and 4, as one table.",
 )
 _JSON = flags.DEFINE_string("json", None, "Writes the report to this file.")
 
@@ -309,26 +316,70 @@ def _bytes(tree: Any) -> int:
   )
 
 
+def table(rows: Sequence[dict[str, Any]]) -> str:
+  """Reports side by side as Markdown; MB are results per chip and step."""
+  kinds = ("all-reduce", "reduce-scatter", "all-gather")
+  head = ["overrides", "arguments GiB", "temporaries GiB", "peak GiB"]
+  head += [*(f"{kind} MB" for kind in kinds), "sent MB", "compile s"]
+  lines = [head, ["---"] * len(head)]
+  for row in rows:
+    if "collectives" not in row:
+      verdict = "fits" if row["fits"] else "does not fit"
+      lines.append([" ".join(row["overrides"]), verdict, *[""] * 7])
+      continue
+    memory, found = row["memory"], row["collectives"]
+    total = lambda kind, found=found: sum(
+      c["bytes"] for c in found if c["kind"] == kind
+    )
+    sent = sum(c["wire_bytes"] for c in found)
+    parts = ("arguments", "temporaries", "peak")
+    lines.append(
+      [" ".join(row["overrides"])]
+      + [f"{memory[part] / 2**30:.3f}" for part in parts]
+      + [f"{total(kind) / 1e6:.1f}" for kind in kinds]
+      + [f"{sent / 1e6:.1f}", f"{row['compile_seconds']:.0f}"]
+    )
+  return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def describe(
+  config: str, topology: str, mesh: str, overrides: Sequence[str]
+) -> dict[str, Any]:
+  """`report` of one step, with what was asked."""
+  step = lower(config, topology, mesh, overrides)
+  chip = chips_lib.CHIPS[topology.partition(":")[0]]
+  asked = {"config": config, "topology": topology, "overrides": [*overrides]}
+  return asked | report(step, chip)
+
+
 def main() -> int:
   """Prints the report of the flags' config; 1 if it does not fit."""
-  overrides = list(_SET.value)
-  if _ACCUMULATE.value is not None:
-    overrides.append(f"accumulate={_ACCUMULATE.value}")
+  jax.config.update("jax_platforms", "cpu")  # the chips are not here
   path = _JSON.value and pathlib.Path(_JSON.value)
   if path and not path.parent.is_dir():
     raise config_lib.InputError(f"--json {path}: no folder {path.parent}")
-  step = lower(_CONFIG.value, _TOPOLOGY.value, _MESH.value, overrides)
-  chip = chips_lib.CHIPS[_TOPOLOGY.value.partition(":")[0]]
-  found = report(step, chip)
-  found = {
-    "config": _CONFIG.value,
-    "topology": _TOPOLOGY.value,
-    "overrides": overrides,
-  } | found
-  print(words(found))
+  compile_one = functools.partial(
+    describe, _CONFIG.value, _TOPOLOGY.value, _MESH.value
+  )
+  found: Any
+  if _TABLE.value:
+    found = []
+    for shards in (["optim.shards=0"], []):
+      for accumulate in (1, 4):
+        more = [*_SET.value, *shards, f"accumulate={accumulate}"]
+        found.append(compile_one(more))
+        logging.info("%s\n%s", more, words(found[-1]))
+    print(table(found))
+    fits = True
+  else:
+    more = _ACCUMULATE.value
+    more = [f"accumulate={more}"] if more is not None else []
+    found = compile_one([*_SET.value, *more])
+    print(words(found))
+    fits = found["fits"]
   if path:
     path.write_text(json.dumps(found, indent=2) + "\n")
-  return 0 if found["fits"] else 1
+  return 0 if fits else 1
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def numpy_lamb():
 def on_eight_devices():
   """In the child process: prints, per mesh, the distance to `numpy_lamb` and
   to the unsharded transform, and the reductions in the program."""
-  from jax.sharding import AxisType, Mesh
+  from jax.sharding import AxisType, Mesh, NamedSharding
 
   from giantsteps.research import large_batch
 
@@ -104,16 +104,25 @@ def on_eight_devices():
     far = lambda a, b: float(np.max(np.abs(a - b)) / np.max(np.abs(b)))
     return max(map(far, jax.tree.leaves(found), jax.tree.leaves(wanted)))
 
-  @jax.jit
-  def unsharded(x, rows):
-    state = tx.init(x)
-    for t in range(STEPS):
-      g = jax.grad(loss)(x, jax.tree.map(lambda r, t=t: r[t], rows))
-      u, state = tx.update(g, state, x)
-      x = jax.tree.map(jnp.add, x, u)
-    return x
+  batches = [jax.tree.map(lambda r, t=t: r[t], rows) for t in range(STEPS)]
 
-  plain, exact = unsharded(params, rows), numpy_lamb()
+  def run(gradient):
+    """Parameters, in the form that `gradient` takes, after all steps."""
+
+    @jax.jit
+    def step(x, state, arrays):
+      u, state = tx.update(gradient(x, arrays), state, x)
+      return jax.tree.map(jnp.add, x, u), state
+
+    def all_steps(x):
+      state = jax.jit(tx.init)(x)
+      for arrays in batches:
+        x, state = step(x, state, arrays)
+      return x
+
+    return all_steps
+
+  plain, exact = run(jax.grad(loss))(params), numpy_lamb()
   results = {"unsharded": [distance(plain, exact)]}
   meshes = {"1": (1,), "2": (2,), "4": (4,), "8": (8,), "2x4": (2, 4)}
   for name, shape in meshes.items():
@@ -129,20 +138,20 @@ def on_eight_devices():
         loss, mesh, axes, layout, parts
       )
 
-      @jax.jit
-      def run(x, rows, reduce=reduce, mesh=mesh, axes=axes):
-        packed = sharded_update.pack(x, layout)
-        state = tx.init(packed)
-        for t in range(STEPS):
-          x = sharded_update.gather(packed, mesh, axes, layout, jnp.float32)
-          _, g = reduce(x, jax.tree.map(lambda r, t=t: r[t], rows))
-          u, state = tx.update(g, state, packed)
-          packed = jax.tree.map(jnp.add, packed, u)
-        return sharded_update.unpack(packed, layout)
+      def gradient(packed, arrays, reduce=reduce, mesh=mesh, axes=axes):
+        x = sharded_update.gather(packed, mesh, axes, layout, jnp.float32)
+        return reduce(x, arrays)[1]
 
-      found = run(params, rows)
-      one = jax.tree.map(lambda r: r[0], rows)
-      text = jax.jit(reduce).lower(params, one).compile().as_text()
+      places = jax.tree.map(
+        lambda p, mesh=mesh: NamedSharding(mesh, p),
+        sharded_update.specs(layout, axes),
+      )
+      packed = jax.device_put(sharded_update.pack(params, layout), places)
+      found = run(gradient)(packed)
+      kernel = found["layers"]["kernel"].sharding.shard_shape((3, 128, 128))
+      assert kernel == (3, 128 // count, 128), kernel
+      found = sharded_update.unpack(jax.device_get(found), layout)
+      text = jax.jit(reduce).lower(params, batches[0]).compile().as_text()
       results[f"{name}/{parts}"] = [
         distance(found, exact),
         distance(found, plain),
