@@ -66,7 +66,8 @@ class Step(NamedTuple):
 
   Attributes:
     cfg: the run.
-    mesh: chips of the topology.
+    topology: the slice, "v5e:16x16".
+    mesh: its chips.
     state, batches: shapes with shardings; one step's batch, leaves [1, B, ..].
     parameters: numbers in the network.
     flops: of matrix products, per chip and step.
@@ -74,6 +75,7 @@ class Step(NamedTuple):
   """
 
   cfg: config_lib.Config
+  topology: str
   mesh: Mesh
   state: training.State
   batches: dict
@@ -125,6 +127,7 @@ def lower(
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   return Step(
     cfg=cfg,
+    topology=topology,
     mesh=devices,
     state=state,
     batches=batches,
@@ -141,7 +144,7 @@ def _count(topology: str) -> int:
     raise config_lib.InputError(
       f"unknown --topology {topology!r}: there are {', '.join(known)}"
     )
-  return math.prod(int(side) for side in topology.split(":")[1].split("x"))
+  return math.prod(chips_lib.sides(topology))
 
 
 def slice_devices(topology: str) -> Sequence[jax.Device]:
@@ -167,125 +170,144 @@ def slice_devices(topology: str) -> Sequence[jax.Device]:
   return found.devices
 
 
-def report(step: Step, chip: chips_lib.Chip) -> dict[str, Any]:
+def report(step: Step) -> dict[str, Any]:
   """Compiles the step and describes it; plain JSON, bytes per chip and step."""
-  start = time.perf_counter()
-  out: dict[str, Any] = {
-    "chips": step.mesh.size,
-    "mesh": dict(step.mesh.shape),
-    "parameters": step.parameters,
-    "flops": step.flops,
-    "blocked": [],
-  }
+  chip = chips_lib.CHIPS[step.topology.partition(":")[0]]
   parts = {
     "parameters": _bytes(step.state.params),
     "optimizer": _bytes(step.state.opt_state),
     "average": _bytes(step.state.ema),
     "batch": _bytes(step.batches),
   }
+  out: dict[str, Any] = {
+    "chips": step.mesh.size,
+    "mesh": dict(step.mesh.shape),
+    "parameters": step.parameters,
+    "flops": step.flops,
+    "memory": parts | {"capacity": chip.memory},
+    "blocked": [],
+  }
+  seconds = {"products": step.flops / chip.flops}
+  start = time.perf_counter()
   try:
     compiled = step.lowered.compile()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    said = " ".join(str(error).split())[:300]
-    return out | {"fits": False, "memory": parts, "compiler": said}
+    return out | {"fits": False, "compiler": _one_line(error)}
   out["compile_seconds"] = time.perf_counter() - start
   memory = compiled.memory_analysis()
   assert memory is not None
-  peak = memory.peak_memory_in_bytes
-  out["memory"] = parts | {
+  out["memory"] |= {
     "arguments": memory.argument_size_in_bytes,
     "temporaries": memory.temp_size_in_bytes,
     "reused": memory.alias_size_in_bytes,
-    "peak": peak,
-    "capacity": chip.memory,
+    "peak": memory.peak_memory_in_bytes,
   }
-  out["fits"] = bool(peak <= chip.memory)
+  out["fits"] = memory.peak_memory_in_bytes <= chip.memory
   try:
-    text = compiled.as_text()
-    assert text is not None
+    text = compiled.as_text() or ""
   except jax.errors.JaxRuntimeError as error:
-    said = " ".join(str(error).split())[:200]
     out["blocked"].append(
-      f"collectives: jaxlib cannot read the text of this program ({said}); "
-      "memory is right, take collectives from a v5e topology"
+      "collectives and network: jaxlib cannot read the text of this program "
+      f"({_one_line(error)}); memory is right, take collectives from v5e"
     )
-    return out | _roofline(step.flops, None, 0.0, chip)
+    return out | {"seconds": seconds, "dominates": "products"}
   found = collectives.parse(text)
-  out["collectives"] = [
-    {
-      "kind": c.kind,
-      "dtype": c.dtype,
-      "bytes": c.bytes * c.count,
-      "operand_bytes": c.operand_bytes * c.count,
-      "wire_bytes": c.wire_bytes * c.count,
-      "group": c.group,
-      "count": c.count,
-      "in_loop": c.in_loop,
-      "source": c.source,
-    }
-    for c in found
-  ]
-  wire = sum(c.wire_bytes * c.count for c in found)
-  return out | _roofline(step.flops, wire, collectives.cycles(text), chip)
+  seconds["network"] = _network_seconds(found, step.topology)
+  out["dominates"] = max(seconds, key=lambda name: seconds[name])
+  seconds["schedule"] = collectives.cycles(text) / chip.clock
+  return out | {"seconds": seconds, "collectives": [*map(_per_step, found)]}
 
 
-def _roofline(
-  work: float, wire: float | None, cycles: float, chip: chips_lib.Chip
-) -> dict[str, Any]:
-  """Seconds per step below which nothing can be, by what is at its limit.
+def _per_step(c: collectives.Collective) -> dict[str, Any]:
+  """A collective as JSON, bytes times executions."""
+  return {
+    "kind": c.kind,
+    "dtype": c.dtype,
+    "bytes": c.bytes * c.count,
+    "operand_bytes": c.operand_bytes * c.count,
+    "wire_bytes": c.wire_bytes * c.count,
+    "group": c.group,
+    "count": c.count,
+    "in_loop": c.in_loop,
+    "source": c.source,
+  }
 
-  The network's figure takes one side of the torus at a time, both directions.
-  The schedule is the compiler's own estimate, memory traffic included.
+
+def _one_line(error: Exception) -> str:
+  return " ".join(str(error).split())[:250]
+
+
+def _network_seconds(
+  found: Sequence[collectives.Collective], topology: str
+) -> float:
+  """Time of the ring algorithms at full speed, one collective after another.
+
+  A side of the torus has two links per chip; a group of more chips than the
+  longest side may use several sides at once.
   """
-  seconds = {"products": work / chip.flops}
-  if wire is not None:
-    seconds["network"] = wire / (2 * chip.link)
-  dominates = max(seconds, key=lambda name: seconds[name])
-  if cycles:
-    seconds["schedule"] = cycles / chip.clock
-  return {"seconds": seconds, "dominates": dominates}
+  link = chips_lib.CHIPS[topology.partition(":")[0]].link
+  sides = sorted(chips_lib.sides(topology), reverse=True)
+  total = 0.0
+  for c in found:
+    reach = [math.prod(sides[: i + 1]) for i in range(len(sides))]
+    used = next(i + 1 for i, n in enumerate(reach) if n >= c.group)
+    total += c.wire_bytes * c.count / (2 * link * used)
+  return total
 
 
 def words(found: dict[str, Any]) -> str:
   """The report as a text of a dozen lines."""
   gib = lambda size: f"{size / 2**30:.3f} GiB"
+  memory = found["memory"]
   lines = [
     f"{found['parameters'] / 1e6:.1f} M parameters on {found['chips']} chips, "
-    f"mesh {found['mesh']}; {found['flops'] / 1e12:.3f} TFLOP per chip and step"
+    f"mesh {found['mesh']}; {found['flops'] / 1e12:.3f} TFLOP per chip and step",
+    "memory per chip:",
+    *(f"  {name:<12} {gib(size)}" for name, size in memory.items()),
+    *_collective_lines(found.get("collectives", [])),
+    *(f"blocked: {what}" for what in found["blocked"]),
   ]
-  lines += ["memory per chip:"]
-  lines += [f"  {name:<12} {gib(n)}" for name, n in found["memory"].items()]
-  if "collectives" in found:
-    totals = collections.defaultdict(lambda: [0, 0.0, 0.0, 0])
-    for row in found["collectives"]:
-      total = totals[row["kind"], row["dtype"]]
-      total[0] += row["count"]
-      total[1] += row["bytes"]
-      total[2] += row["wire_bytes"]
-      total[3] += row["count"] if row["in_loop"] else 0
-    lines += ["collectives per chip and step:"]
-    lines += [
-      f"  {kind:<18} {dtype:<10} {count:5d} x, results {size / 1e6:9.1f} MB, "
-      f"sent {wire / 1e6:9.1f} MB, in loops {inside}"
-      for (kind, dtype), (count, size, wire, inside) in sorted(totals.items())
+  if not found["fits"]:
+    said = found.get("compiler", f"the peak is {gib(memory.get('peak', 0))}")
+    return "\n".join([*lines, f"does NOT fit: {said}"])
+  about = {
+    "products": "matrix products at full rate",
+    "network": "collectives at full rate",
+    "schedule": "the compiler's estimate with memory traffic",
+  }
+  lines += ["time per step and chip:"]
+  lines += [
+    f"  {name:<12} {1e3 * t:9.2f} ms  {about[name]}"
+    for name, t in found["seconds"].items()
+  ]
+  limit = found["dominates"]
+  verb = "dominate" if limit == "products" else "dominates"
+  return "\n".join(
+    [
+      *lines,
+      f"fits: {gib(memory['peak'])} of {gib(memory['capacity'])} at the peak; "
+      f"{limit} {verb}",
     ]
-  lines += [f"blocked: {what}" for what in found["blocked"]]
-  if "compiler" in found:
-    lines += [f"the compiler says: {found['compiler']}"]
-  verdict = "fits" if found["fits"] else "DOES NOT FIT"
-  if "seconds" in found:
-    times = ", ".join(
-      f"{name} {1e3 * t:.2f} ms" for name, t in found["seconds"].items()
+  )
+
+
+def _collective_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+  """One line per kind and dtype."""
+  groups = collections.defaultdict(list)
+  for row in rows:
+    groups[row["kind"], row["dtype"]].append(row)
+  lines = ["collectives per chip and step:"] if rows else []
+  for (kind, dtype), same in sorted(groups.items()):
+    total = lambda key, same=same: sum(row[key] for row in same)
+    inside = sum(row["count"] for row in same if row["in_loop"])
+    lines.append(
+      f"  {kind:<18} {dtype:<10} {total('count'):5d} x, "
+      f"results {total('bytes') / 1e6:9.1f} MB, "
+      f"sent {total('wire_bytes') / 1e6:9.1f} MB, {inside} of them in loops"
     )
-    lines += [f"time per step: {times}"]
-    memory = found["memory"]
-    verdict += (
-      f": {gib(memory['peak'])} of {gib(memory['capacity'])} at the peak; "
-      f"{found['dominates']} dominate{'' if found['dominates'] == 'products' else 's'}"
-    )
-  return "\n".join([*lines, verdict])
+  return lines
 
 
 def _batches(cfg: config_lib.Config, mesh: Mesh) -> dict:
@@ -346,10 +368,8 @@ def describe(
   config: str, topology: str, mesh: str, overrides: Sequence[str]
 ) -> dict[str, Any]:
   """`report` of one step, with what was asked."""
-  step = lower(config, topology, mesh, overrides)
-  chip = chips_lib.CHIPS[topology.partition(":")[0]]
   asked = {"config": config, "topology": topology, "overrides": [*overrides]}
-  return asked | report(step, chip)
+  return asked | report(lower(config, topology, mesh, overrides))
 
 
 def main() -> int:

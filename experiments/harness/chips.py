@@ -14,9 +14,9 @@ class Chip(NamedTuple):
     flops: of bfloat16 products, per second.
     memory: bytes of HBM.
     bandwidth: bytes per second to and from HBM.
-    link: bytes per second of one link of the network, one way.
+    link: bytes per second of one link of the network, one way; a chip has
+      two per side of its torus.
     clock: Hz.
-    sides: of the torus, 2 or 3; each has a link in both directions.
     topologies: slices that can be rented.
   """
 
@@ -25,7 +25,6 @@ class Chip(NamedTuple):
   bandwidth: float
   link: float
   clock: float
-  sides: int
   topologies: tuple[str, ...]
 
 
@@ -35,13 +34,18 @@ _SOLID = (*_SOLID, "8x8x8", "8x8x16", "8x16x16")
 GIB = 2.0**30
 
 CHIPS = {
-  "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 1.05e9, 3, _SOLID),
-  "v5e": Chip(197e12, 16 * GIB, 8.1e11, 45e9, 1.5e9, 2, _FLAT),
-  "v5p": Chip(459e12, 95 * GIB, 2.8e12, 90e9, 1.75e9, 3, _SOLID),
-  "v6e": Chip(920e12, 32 * GIB, 1.6e12, 90e9, 1.75e9, 2, _FLAT),
+  "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 1.05e9, _SOLID),
+  "v5e": Chip(197e12, 16 * GIB, 8.1e11, 45e9, 1.5e9, _FLAT),
+  "v5p": Chip(459e12, 95 * GIB, 2.8e12, 90e9, 1.75e9, _SOLID),
+  "v6e": Chip(920e12, 32 * GIB, 1.6e12, 90e9, 1.75e9, _FLAT),
 }
 
 
 def known() -> list[str]:
   """All topologies by name: "v5e:16x16", ..."""
   return [f"{name}:{s}" for name, c in CHIPS.items() for s in c.topologies]
+
+
+def sides(topology: str) -> tuple[int, ...]:
+  """Chips along each side of a topology: "v5e:4x8" -> (4, 8)."""
+  return tuple(int(side) for side in topology.partition(":")[2].split("x"))

@@ -4,7 +4,7 @@ The compiler's text holds one copy of a loop's body, so operations are counted
 by walking from ENTRY: a `while` multiplies its body by the trip count, a
 constant in its condition; fusions, calls and asynchronous wrappers are
 entered. On TPUs one collective that was fused with computation is printed in
-several fusions: there, equal channel, kind and shape count once. Outside
+several fusions: there, equal labels, kind and shape count once. Outside
 fusions every operation counts, for programs of `shard_map` may give all of
 them one channel.
 """
@@ -182,8 +182,9 @@ def _walk(
       found = _collective(program, name, op, times, in_loop)
       if found is None:
         continue
-      channel = re.search(r"channel_id=(\d+)", op.rest)
-      key = (channel and channel[1], found.kind, op.type)
+      # the same in all of its fusions: channel, chain and shape, not layout
+      labels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', op.rest)
+      key = (found.kind, *labels, *_ARRAY.findall(op.type))
       if seen is not None and key in seen:
         continue
       if seen is not None:
@@ -270,4 +271,12 @@ def _group(rest: str, devices: int) -> int:
   if listed:
     return len(listed[1].split(","))
   iota = re.search(r"replica_groups=\[\d+,(\d+)\]<=", rest)
-  return int(iota[1]) if iota else devices
+  if iota:
+    return int(iota[1])
+  named = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", rest)
+  if not named:
+    return devices
+  sizes = dict(re.findall(r"'([^']*)'=(\d+)", named[1]))
+  # an axis, or a part of one: 'x' or 'x':(2)4
+  axes = re.findall(r"'([^']*)'(?::\(\d+\)(\d+))?", named[2])
+  return math.prod(int(part or sizes[name]) for name, part in axes)

@@ -22,7 +22,7 @@ HloModule jit_step, is_scheduled=true, replica_count=1, num_partitions=8
 
 %fused.2 (p: bf16[64]) -> bf16[128] {
   %p = bf16[64]{0} parameter(0)
-  ROOT %gather.2 = bf16[128]{0:T(256)} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
+  ROOT %gather.2 = bf16[128]{0:T(256)S(1)} all-gather(%p), channel_id=7, replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
 }
 
 %inner_condition (s: (s32[], f32[16])) -> pred[] {
@@ -120,6 +120,23 @@ def test_a_scatter_sends_its_operands_and_a_permute_its_result():
   assert (scatter.bytes, scatter.operand_bytes) == (16, 64)
   assert scatter.wire_bytes == 48
   assert one("collective-permute").wire_bytes == 16
+
+
+@pytest.mark.parametrize(
+  ("groups", "size"),
+  [
+    ("{{0,1,2,3},{4,5,6,7}}", 4),
+    ("[4,2]<=[2,4]T(1,0)", 2),
+    ("mesh['a'=2,'b'=4] {'b'}", 4),
+    ("mesh['a'=2,'b'=4] {'a','b'}", 8),
+    ("mesh['a'=2,'b'=4] {'a','b':(2)2}", 4),
+    ("{}", 8),
+  ],
+)
+def test_the_notations_of_a_group(groups, size):
+  text = TEXT.replace("replica_groups=[2,4]<=[8]", f"replica_groups={groups}")
+  (inside,) = (c for c in collectives.parse(text) if c.in_loop)
+  assert inside.group == size
 
 
 def test_a_stated_trip_count_is_taken():
