@@ -87,6 +87,11 @@ def _shared(cfg, task, mesh):
       f"it, this one is {dict(mesh.shape)}; optim.shards=0 goes with fsdp and "
       "model"
     )
+  if cfg.optim.name == "muon":
+    raise config_lib.InputError(
+      f"optim.shards={shards} with optim.name='muon': Muon needs whole "
+      "matrices; lamb and adamw do not"
+    )
   axes = partitioning.data_axes(mesh)
   layout = sharded_update.layouts(
     jax.eval_shape(task.init, jax.random.key(0)), shards

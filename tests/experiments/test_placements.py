@@ -1,5 +1,6 @@
 """One config on one device and on eight, placed in every way: same losses."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -111,6 +112,13 @@ def build(cfg):
 def test_a_batch_that_does_not_divide_is_refused():
   cfg = make_config(accumulate=3)
   with pytest.raises(config.InputError, match="batch_size=16.*accumulate=3"):
+    placement_lib.make(cfg, build(cfg), mesh_lib.make({}))
+
+
+def test_an_optimizer_of_whole_matrices_is_not_shared():
+  cfg = make_config(shards=1)
+  cfg = dataclasses.replace(cfg, optim=config.Optim(name="muon", shards=1))
+  with pytest.raises(config.InputError, match="muon"):
     placement_lib.make(cfg, build(cfg), mesh_lib.make({}))
 
 
