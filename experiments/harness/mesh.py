@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -38,7 +39,7 @@ def parse(spec: str) -> dict[str, int]:
 
 
 def make(
-  sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
+  sizes: Mapping[str, int], devices: Sequence[Any] | None = None
 ) -> Mesh:
   """The mesh over the first devices: {"data": 8} -> 8 devices.
 
@@ -74,7 +75,7 @@ def make(
   return Mesh(array, names, axis_types=(AxisType.Auto,) * len(names))
 
 
-def _torus(devices: Sequence[jax.Device]) -> tuple[int, ...]:
+def _torus(devices: Sequence[Any]) -> tuple[int, ...]:
   """Chips along each side; one side where there are no TPUs or they
   fill no box."""
   if devices[0].platform != "tpu":

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,6 +125,6 @@ def test_an_optimizer_of_whole_matrices_is_not_shared():
 
 def test_shards_must_fit_the_mesh():
   cfg = make_config(shards=3)
-  mesh = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "model"))
+  mesh: Any = jax.sharding.AbstractMesh((2, 1, 1), ("data", "fsdp", "model"))
   with pytest.raises(config.InputError, match="optim.shards=3"):
     placement_lib.make(cfg, build(cfg), mesh)

@@ -2,6 +2,7 @@
 eight devices in tests/experiments/test_placements.py."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
@@ -82,6 +83,6 @@ def test_a_state_follows_its_parameters():
 
 
 def test_without_a_mesh_nothing_is_constrained():
-  x = np.ones((4, 2))
+  x = jnp.ones((4, 2))
   assert partitioning.constrain_rows(x) is x
   assert partitioning.gather_layer(dit.Dit, "layers") is dit.Dit
