@@ -60,6 +60,13 @@ _TABLE = flags.DEFINE_bool(
 )
 _JSON = flags.DEFINE_string("json", None, "Writes the report to this file.")
 
+_NO_TPU_HERE = {  # what libtpu would ask the machine, and warn about
+  "TPU_SKIP_MDS_QUERY": "1",
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
 
 class Step(NamedTuple):
   """A training step that is ready for the compiler.
@@ -153,8 +160,8 @@ def slice_devices(topology: str) -> Sequence[Any]:
   Raises:
     InputError: if libtpu is missing or refuses the topology.
   """
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  for name, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(name, value)
   try:
     import libtpu  # noqa: F401
   except ImportError as error:

@@ -1,4 +1,4 @@
-"""Figures of TPU chips, for a roofline.
+"""Figures of TPU chips, for a roofline; chips that are one device each.
 
 Source: Google Cloud's pages of each generation ("TPU v5e", ...) and "How to
 Scale Your Model" (jax-ml.github.io/scaling-book), table of TPU specs.
@@ -13,7 +13,6 @@ class Chip(NamedTuple):
   Attributes:
     flops: of bfloat16 products, per second.
     memory: bytes of HBM.
-    bandwidth: bytes per second to and from HBM.
     link: bytes per second of one link of the network, one way; a chip has
       two per side of its torus.
     clock: Hz.
@@ -22,7 +21,6 @@ class Chip(NamedTuple):
 
   flops: float
   memory: float
-  bandwidth: float
   link: float
   clock: float
   topologies: tuple[str, ...]
@@ -34,10 +32,9 @@ _SOLID = (*_SOLID, "8x8x8", "8x8x16", "8x16x16")
 GIB = 2.0**30
 
 CHIPS = {
-  "v4": Chip(275e12, 32 * GIB, 1.2e12, 45e9, 1.05e9, _SOLID),
-  "v5e": Chip(197e12, 16 * GIB, 8.1e11, 45e9, 1.5e9, _FLAT),
-  "v5p": Chip(459e12, 95 * GIB, 2.8e12, 90e9, 1.75e9, _SOLID),
-  "v6e": Chip(920e12, 32 * GIB, 1.6e12, 90e9, 1.75e9, _FLAT),
+  "v5e": Chip(197e12, 16 * GIB, 45e9, 1.5e9, _FLAT),
+  "v5p": Chip(459e12, 95 * GIB, 90e9, 1.75e9, _SOLID),
+  "v6e": Chip(920e12, 32 * GIB, 90e9, 1.75e9, _FLAT),
 }
 
 

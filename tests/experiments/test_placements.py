@@ -15,7 +15,7 @@ import pytest
 from giantsteps.experiments.harness import config, tasks, training
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
-from giantsteps.models import transformer
+from giantsteps.models import dit, lact, transformer
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = """
@@ -24,34 +24,63 @@ sys.path.insert(0, {root!r})
 import conftest
 sys.path.insert(0, {root!r} + "/tests/experiments")
 import test_placements
-test_placements.on_eight_devices()
+test_placements.on_eight_devices(test_placements.{runs})
 """
 STEPS = 3
-MESHES = {  # name -> mesh, optim.shards, accumulate
-  "one": ({}, 0, 1),
-  "data": ({"data": 8}, 0, 1),
-  "zero": ({"data": 8}, 8, 2),
-  "fsdp": ({"data": 2, "fsdp": 4}, 0, 1),
-  "tensor": ({"data": 4, "model": 2}, 0, 1),
-  "all": ({"data": 2, "fsdp": 2, "model": 2}, 0, 2),
+FSDP, TENSOR = {"data": 2, "fsdp": 4}, {"data": 4, "model": 2}
+ALL = {"data": 2, "fsdp": 2, "model": 2}
+RUNS = {  # name -> model, mesh, optim.shards, accumulate
+  "transformer one": ("transformer", {}, 0, 1),
+  "transformer zero": ("transformer", {"data": 8}, 8, 2),
+  "transformer fsdp": ("transformer", FSDP, 0, 1),
+  "transformer tensor": ("transformer", TENSOR, 0, 1),
+}
+SLOW_RUNS = {
+  "transformer one": ("transformer", {}, 0, 1),
+  "transformer data": ("transformer", {"data": 8}, 0, 1),
+  "transformer all": ("transformer", ALL, 0, 2),
+  "lact one": ("lact", {}, 0, 1),
+  "lact zero": ("lact", {"data": 8}, 8, 1),
+  "lact all": ("lact", ALL, 0, 1),
+  "dit one": ("dit", {}, 0, 1),
+  "dit zero": ("dit", {"data": 8}, 8, 1),
+  "dit all": ("dit", ALL, 0, 1),
+}
+DIGITS = {"kind": "image", "shape": [8, 8, 1], "std": 0.75, "num_classes": 10}
+MODELS = {
+  "transformer": transformer.Config(
+    vocab_size=264,
+    width=64,
+    depth=2,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=16,
+    mlp_width=128,
+    causal=False,
+    remat="full",
+    tie_embeddings=True,
+  ),
+  "lact": lact.Config(
+    vocab_size=264,
+    width=64,
+    depth=2,
+    num_heads=2,
+    fast_heads=2,
+    mlp_width=128,
+    chunk_size=8,
+    causal=False,
+    muon=False,
+  ),
+  "dit": dit.Config(patch=2, width=64, depth=2, heads=2, num_classes=10),
 }
 
 
-def make_config(shards: int = 0, accumulate: int = 1) -> config.Config:
+def make_config(
+  model: str = "transformer", shards: int = 0, accumulate: int = 1
+) -> config.Config:
   return config.Config(
-    task="masked",
-    model=transformer.Config(
-      vocab_size=264,
-      width=64,
-      depth=2,
-      num_heads=4,
-      num_kv_heads=4,
-      head_dim=16,
-      mlp_width=128,
-      causal=False,
-      remat="full",
-      tie_embeddings=True,
-    ),
+    task="flow" if model == "dit" else "masked",
+    model=MODELS[model],
     data=config.Data(source="stdlib", seq_len=16),
     optim=config.Optim(shards=shards),
     batch_size=16,
@@ -59,37 +88,44 @@ def make_config(shards: int = 0, accumulate: int = 1) -> config.Config:
   )
 
 
-def losses(sizes: dict, shards: int, accumulate: int) -> list[float]:
-  cfg, mesh = make_config(shards, accumulate), mesh_lib.make(sizes)
-  task, tx = (
-    tasks.build(cfg, {"kind": "tokens"}),
-    tasks.optimizer(make_config(shards, accumulate)),
-  )
+def losses(model, sizes, shards, accumulate) -> list[float]:
+  cfg = make_config(model, shards, accumulate)
+  mesh, tx = mesh_lib.make(sizes), tasks.optimizer(cfg)
+  task = build(cfg)
   placement = placement_lib.make(cfg, task, mesh)
   shapes = training.state_shapes(cfg, task, tx, placement)
   state = jax.jit(
     lambda: training.init_state(cfg, task, tx, placement.pack),
     out_shardings=jax.tree.map(lambda x: x.sharding, shapes),
   )()
-  tokens = np.random.default_rng(0).integers(0, 256, (STEPS, 16, 16))
-  batches = jax.device_put(
-    {"tokens": tokens.astype(np.int32)}, mesh_lib.batch_sharding(mesh, axis=1)
-  )
+  rng = np.random.default_rng(0)
+  lead = (STEPS, cfg.batch_size)
+  if model == "dit":
+    rows = {
+      "image": rng.normal(size=(*lead, 8, 8, 1)).astype(np.float32),
+      "label": rng.integers(0, 10, lead).astype(np.int32),
+    }
+  else:
+    rows = {"tokens": rng.integers(0, 256, (*lead, 16)).astype(np.int32)}
+  batches = jax.device_put(rows, mesh_lib.batch_sharding(mesh, axis=1))
   update = training.compile_update(cfg, task, tx, mesh)
   _, rows = update(state, batches, STEPS)
   return [float(loss) for loss in rows["loss"]]
 
 
-def on_eight_devices():
-  """In the child process: the losses of every mesh, as JSON."""
-  print(json.dumps({name: losses(*how) for name, how in MESHES.items()}))
+def build(cfg):
+  return tasks.build(cfg, DIGITS if cfg.task == "flow" else {"kind": "tokens"})
 
 
-@pytest.fixture(scope="module")
-def found():
+def on_eight_devices(runs):
+  """In the child process: the losses of every run, as JSON."""
+  print(json.dumps({name: losses(*how) for name, how in runs.items()}))
+
+
+def child(runs: str) -> dict[str, list[float]]:
   flags = "--xla_force_host_platform_device_count=8"
   done = subprocess.run(
-    [sys.executable, "-c", SCRIPT.format(root=str(ROOT))],
+    [sys.executable, "-c", SCRIPT.format(root=str(ROOT), runs=runs)],
     capture_output=True,
     text=True,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
@@ -99,15 +135,21 @@ def found():
   return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "one"])
-def test_the_losses_of_one_device(found, mesh):
-  # sums of 64 numbers in another order: 64 * 2^-24 = 4e-6 at worst
-  np.testing.assert_allclose(found[mesh], found["one"], rtol=2e-6)
-  assert len(set(found["one"])) == STEPS  # the parameters did move
+def check(found: dict[str, list[float]]) -> None:
+  for run, values in found.items():
+    one = found[run.partition(" ")[0] + " one"]
+    # sums of 64 numbers in another order: 64 * 2^-24 = 4e-6 at worst
+    np.testing.assert_allclose(values, one, rtol=4e-6, err_msg=run)
+    assert len(set(one)) == STEPS  # the parameters did move
 
 
-def build(cfg):
-  return tasks.build(cfg, {"kind": "tokens"})
+def test_eight_devices_have_the_losses_of_one():
+  check(child("RUNS"))
+
+
+@pytest.mark.slow
+def test_every_stack_has_the_losses_of_one_device():
+  check(child("SLOW_RUNS"))
 
 
 def test_a_batch_that_does_not_divide_is_refused():
