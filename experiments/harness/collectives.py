@@ -4,8 +4,8 @@ The compiler's text holds one copy of a loop's body, so operations are counted
 by walking from ENTRY: a `while` multiplies its body by the trip count, a
 constant in its condition; fusions, calls and asynchronous wrappers are
 entered. On TPUs one collective that was fused with computation is printed in
-several fusions: there, equal labels, kind and shape count once. Outside
-fusions every operation counts, for programs of `shard_map` may give all of
+several fusions, also of a loop that it spans: there, equal labels, kind and
+shape count once. Outside fusions every operation counts, for programs of `shard_map` may give all of
 them one channel.
 """
 
@@ -99,7 +99,7 @@ def parse(text: str) -> list[Collective]:
     ValueError: if the text has no ENTRY computation.
   """
   program = _read(text)
-  return list(_walk(program, program.entry, 1, False, None))
+  return list(_walk(program, program.entry, _Context()))
 
 
 def cycles(text: str) -> float:
@@ -112,7 +112,7 @@ def cycles(text: str) -> float:
       found = re.search(r'"estimated_cycles":"(\d+)"', op.rest)
       out += float(found[1]) if found else 0.0
       if op.opcode == "while":
-        out += trip_count(program, op)[0] * total(_called(op)[0])
+        out += _trip_count(program, op)[0] * total(_called(op)[0])
       elif op.opcode in ("call", "conditional"):
         out += max(map(total, _called(op)))
     return out
@@ -161,39 +161,71 @@ def _instruction(line: str) -> _Instruction | None:
   )
 
 
+class _Context(NamedTuple):
+  """How the walk came to a computation.
+
+  Attributes:
+    times: executions of it per run of the program.
+    in_loop: whether a loop of known length is around it.
+    fused: whether it is the inside of a fusion.
+    seen: labels of collectives already counted in fusions.
+  """
+
+  times: int = 1
+  in_loop: bool = False
+  fused: bool = False
+  seen: frozenset | set = frozenset()
+
+
 def _walk(
-  program: _Program, name: str, times: int, in_loop: bool, seen: set | None
+  program: _Program, name: str, context: _Context
 ) -> Iterator[Collective]:
-  """Collectives of one computation; `seen` is a set inside fusions."""
-  fused: set = set()  # shared by the fusions of this computation
+  # A chain that was started before a loop goes on in it: still one collective.
+  seen = context.seen if context.fused else {k for k in context.seen if k.chain}
+  assert isinstance(seen, set)
   for op in program.computations[name].values():
+    inner = context._replace(seen=seen)
     if op.opcode == "while":
-      trips, known = trip_count(program, op)
-      (body,) = _called(op)
-      yield from _walk(program, body, times * trips, in_loop or known, seen)
-    elif op.opcode == "fusion":
-      inside = fused if seen is None else seen
+      trips, known = _trip_count(program, op)
+      inner = inner._replace(
+        times=context.times * trips, in_loop=context.in_loop or known
+      )
+      yield from _walk(program, _called(op)[0], inner)
+    elif op.opcode in ("fusion", "call", "conditional", "async-start"):
+      inner = inner._replace(fused=context.fused or op.opcode == "fusion")
       for called in _called(op):
-        yield from _walk(program, called, times, in_loop, inside)
-    elif op.opcode in ("call", "conditional", "async-start"):
-      for called in _called(op):
-        yield from _walk(program, called, times, in_loop, seen)
+        yield from _walk(program, called, inner)
     else:
-      found = _collective(program, name, op, times, in_loop)
-      if found is None:
+      found = _collective(program, name, op, context)
+      key = _Label.of(op)
+      if found is None or (context.fused and key in seen):
         continue
-      # the same in all of its fusions: channel, chain and shape, not layout
-      labels = re.findall(r'(?:channel_id=|chain_id=")(\d+)', op.rest)
-      key = (found.kind, *labels, *_ARRAY.findall(op.type))
-      if seen is not None and key in seen:
-        continue
-      if seen is not None:
+      if context.fused:
         seen.add(key)
       yield found
 
 
+class _Label(NamedTuple):
+  """What is the same in all fusions that one collective is printed in."""
+
+  kind: str
+  channel: str
+  chain: str
+  arrays: tuple
+
+  @classmethod
+  def of(cls, op: _Instruction) -> "_Label":
+    find = lambda pattern: next(iter(re.findall(pattern, op.rest)), "")
+    return cls(
+      op.opcode,
+      find(r"channel_id=(\d+)"),
+      find(r'chain_id="(\d+)"'),
+      tuple(_ARRAY.findall(op.type)),
+    )
+
+
 def _collective(
-  program: _Program, name: str, op: _Instruction, times: int, in_loop: bool
+  program: _Program, name: str, op: _Instruction, context: _Context
 ) -> Collective | None:
   """`op` as a collective; of a start/done pair the start counts, and its
   results are those of the done."""
@@ -216,13 +248,13 @@ def _collective(
     bytes=sum(size for _, size in arrays),
     operand_bytes=sum(size for _, size in _arrays(operands)),
     group=_group(op.rest, program.devices),
-    count=times,
-    in_loop=in_loop,
+    count=context.times,
+    in_loop=context.in_loop,
     source=source[1] if source else "",
   )
 
 
-def trip_count(program: _Program, op: _Instruction) -> tuple[int, bool]:
+def _trip_count(program: _Program, op: _Instruction) -> tuple[int, bool]:
   """How often a `while` runs, and whether that is known; unknown is 1.
 
   The loops of `scan` count from 0 by 1 to a constant of the condition.

@@ -110,6 +110,19 @@ def test_a_collective_printed_in_two_fusions_counts_once():
   assert fused.wire_bytes == 128
 
 
+def test_a_chain_that_spans_a_loop_counts_once():
+  chain = 'channel_id=7, frontend_attributes={chain_id="3"},'
+  text = TEXT.replace("channel_id=7,", chain)
+  more = "  %g = bf16[128]{0} fusion(%h), kind=kLoop, calls=%fused.2\n"
+  body = "  %y = f32[16]{0:T(128)} all-reduce"
+  assert len(collectives.parse(text.replace(body, more + body))) == len(
+    collectives.parse(text)
+  )
+  # without the label of a chain it is another one, 24 times
+  found = collectives.parse(TEXT.replace(body, more + body))
+  assert [c.count for c in found if c.dtype == "bf16"] == [1, 24]
+
+
 def test_a_start_and_its_done_are_one_with_the_results_of_the_done():
   gather = one("all-gather", dtype="f32")
   assert (gather.bytes, gather.operand_bytes, gather.group) == (128, 64, 2)
