@@ -8,6 +8,9 @@ the digest of the manifest itself, all is synced, and one rename makes it
 agree with its manifest was damaged later, is refused loudly, and the step
 before it is used.
 
+With several processes each writes the shards it holds, through Orbax; the
+first one does the rest, and all of them read. The folder is one they share.
+
 On disk: `<step>/` is an Orbax PyTree checkpoint of nested dictionaries (fields
 of tuples by name or position; arrays of size 0 stand in the manifest only) with
 one more file, manifest.json.
@@ -19,6 +22,7 @@ import json
 import os
 import pathlib
 import shutil
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import jax
@@ -27,6 +31,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import processes
 
 Tree = TypeVar("Tree")
 
@@ -41,7 +46,7 @@ class Checkpoints:
   """The checkpoints of one run: at most one save is in flight.
 
   Nothing is created before the first `save`, so a reader needs no write access.
-  One process; arrays of other processes would have to be gathered first.
+  With several processes all of them make the same calls.
 
   Args:
     directory: holds one folder per step.
@@ -92,15 +97,14 @@ class Checkpoints:
     if step in self._intact:
       return
     json.dumps(metadata)  # fails here and not behind
-    host = [
-      (path, np.array(leaf))  # copies: the device's buffer may be donated
-      for path, leaf in _named_leaves(jax.device_get(state))
-    ]
+    for leaf in jax.tree.leaves(state):
+      if isinstance(leaf, jax.Array):
+        leaf.copy_to_host_async()
+    host = [(path, _copy(leaf)) for path, leaf in _named_leaves(state)]
+    tree = _nested((path, leaf) for path, leaf in host if leaf.size)
     try:
       orbax = self._prepare()
-      orbax.save(
-        self._partial / str(step), args=ocp.args.PyTreeSave(_nested(host))
-      )
+      orbax.save(self._partial / str(step), args=ocp.args.PyTreeSave(tree))
     except OSError as error:
       raise self._unwritable(error) from error
     self._pending = self._thread.submit(
@@ -112,6 +116,7 @@ class Checkpoints:
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
+      processes.wait_for_all("checkpoint")
 
   def close(self) -> None:
     """Waits and frees the threads."""
@@ -121,7 +126,8 @@ class Checkpoints:
       self._thread.shutdown()
       if self._orbax is not None:
         self._orbax.close()
-        shutil.rmtree(self._partial, ignore_errors=True)
+        if processes.first():
+          shutil.rmtree(self._partial, ignore_errors=True)
 
   def restore(self, template: Tree) -> tuple[int, Tree, dict] | None:
     """The newest intact step, bit for bit as it was saved.
@@ -167,8 +173,10 @@ class Checkpoints:
   def _prepare(self) -> ocp.AsyncCheckpointer:
     """Makes the folder and clears what a killed run left in it."""
     if self._orbax is None:
-      shutil.rmtree(self._partial, ignore_errors=True)
-      self._partial.mkdir(parents=True)
+      if processes.first():
+        shutil.rmtree(self._partial, ignore_errors=True)
+        self._partial.mkdir(parents=True)
+      processes.wait_for_all("checkpoint folder")
       self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
     return self._orbax
 
@@ -176,13 +184,16 @@ class Checkpoints:
     self,
     orbax: ocp.AsyncCheckpointer,
     step: int,
-    host: dict[tuple[str, ...], np.ndarray],
+    host: dict[tuple[str, ...], Any],
     metadata: dict,
   ) -> None:
     """Runs behind: waits for Orbax, writes the manifest, renames, prunes."""
     staged, final = self._partial / str(step), self._directory / str(step)
     try:
       orbax.wait_until_finished()
+      self._intact.add(step)
+      if not processes.first():
+        return
       content = {
         "step": step,
         "metadata": metadata,
@@ -196,7 +207,6 @@ class Checkpoints:
         self._discard(step)
       staged.rename(final)
       _sync(self._directory)
-      self._intact.add(step)
       self._damaged.discard(step)
       self._prune()
     except OSError as error:
@@ -227,9 +237,17 @@ def _read(folder: pathlib.Path, step: int, template: Tree) -> tuple[Tree, dict]:
   manifest = _verify_files(folder, step)
   wanted = _named_leaves(template)
   _check_template(folder, manifest["leaves"], wanted)
+  as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+  kinds = _nested(
+    (tuple(name.split("/")), as_numpy)
+    for name, leaf in manifest["leaves"].items()
+    if 0 not in leaf["shape"]
+  )
   try:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-      tree = reader.restore(folder)
+      tree = reader.restore(
+        folder, args=ocp.args.PyTreeRestore(restore_args=kinds)
+      )
   except Exception as error:  # whatever Orbax or TensorStore raise
     raise _corrupt(folder, f"{type(error).__name__} {error}") from error
   leaves = []
@@ -240,12 +258,10 @@ def _read(folder: pathlib.Path, step: int, template: Tree) -> tuple[Tree, dict]:
     else:
       for key in path:
         value = value[key]
-    value = np.asarray(value)
-    if _describe(value) != manifest["leaves"][name]:
+    value, saved = np.asarray(value), manifest["leaves"][name]
+    if saved["sha256"] and _describe(value) != saved:
       raise _corrupt(folder, f"checksum of leaf {name} differs")
-    # a copy: the program that takes the state may donate it
-    place = getattr(leaf, "sharding", None)
-    leaves.append(jax.device_put(value, place, may_alias=False))
+    leaves.append(_place(value, getattr(leaf, "sharding", None)))
   treedef = jax.tree.structure(template)
   return jax.tree.unflatten(treedef, leaves), manifest["metadata"]
 
@@ -305,24 +321,53 @@ def _named_leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
   ]
 
 
-def _nested(leaves: list[tuple[tuple[str, ...], np.ndarray]]) -> dict:
-  """The leaves as nested dictionaries, without those of size 0."""
+def _nested(leaves: Iterable[tuple[tuple[str, ...], Any]]) -> dict:
+  """[(("params", "w"), leaf), ...] as nested dictionaries."""
   out: dict = {}
   for path, leaf in leaves:
-    if leaf.size:
-      node = out
-      for key in path[:-1]:
-        node = node.setdefault(key, {})
-      node[path[-1]] = leaf
+    node = out
+    for key in path[:-1]:
+      node = node.setdefault(key, {})
+    node[path[-1]] = leaf
   return out
 
 
-def _describe(leaf: np.ndarray) -> dict:
-  data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+def _copy(leaf: Any) -> Any:
+  """A copy on the host, since the device's buffer may be donated; on the
+  devices, if no process has the whole of it."""
+  if _in_parts(leaf):
+    return leaf.copy()
+  return np.array(leaf)
+
+
+def _in_parts(leaf: Any) -> bool:
+  return isinstance(leaf, jax.Array) and not (
+    leaf.is_fully_addressable or leaf.is_fully_replicated
+  )
+
+
+def _place(value: np.ndarray, sharding: Any) -> jax.Array:
+  """A copy where the sharding says: the program that takes it may donate it."""
+  if sharding is None or sharding.is_fully_addressable:
+    return jax.device_put(value, sharding, may_alias=False)
+  parts = sharding.addressable_devices_indices_map(value.shape).items()
+  shards = [
+    jax.device_put(value[index], device, may_alias=False)
+    for device, index in parts
+  ]
+  return jax.make_array_from_single_device_arrays(value.shape, sharding, shards)
+
+
+def _describe(leaf: Any) -> dict:
+  """For the manifest; a leaf in parts has the checksums of its files only."""
+  digest = None
+  if not _in_parts(leaf):
+    data = np.ascontiguousarray(leaf).reshape(-1).view(np.uint8)
+    digest = hashlib.sha256(data.data).hexdigest()
   return {
     "dtype": leaf.dtype.name,
     "shape": list(leaf.shape),
-    "sha256": hashlib.sha256(data.data).hexdigest(),
+    "sha256": digest,
   }
 
 

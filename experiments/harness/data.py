@@ -117,7 +117,11 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
 
 
 def batch(
-  split: Split, batch_size: int, seed: int, step: int
+  split: Split,
+  batch_size: int,
+  seed: int,
+  step: int,
+  own: slice = slice(None),
 ) -> dict[str, np.ndarray]:
   """Rows step * B to (step + 1) * B of the endless stream of `split`.
 
@@ -128,6 +132,7 @@ def batch(
     batch_size: B; may be larger than the number of rows.
     seed: of the permutations.
     step: 0 is the first batch.
+    own: rows of the batch that this process wants; only they are read.
 
   Raises:
     ValueError: if the split is empty.
@@ -135,7 +140,7 @@ def batch(
   if split.num_rows < 1:
     raise ValueError(f"no batch of a split with num_rows={split.num_rows}")
   start = int(step) * batch_size
-  row = np.arange(start, start + batch_size)
+  row = np.arange(start, start + batch_size)[own]
   epoch, position = row // split.num_rows, row % split.num_rows
   parts = [
     permutation(seed, e, split.num_rows)[position[epoch == e]]

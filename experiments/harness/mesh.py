@@ -119,3 +119,25 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """Rows (dimension `axis`) are spread over the data and fsdp axes."""
   rows = partitioning.batch_axes(mesh)
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, rows))
+
+
+def own_rows(mesh: Mesh, size: int) -> slice:
+  """The rows of a batch of `size` that lie on this process's devices.
+
+  Raises:
+    InputError: if they are not consecutive.
+  """
+  sharding = batch_sharding(mesh)
+  parts = {
+    index[0].indices(size)[:2]
+    for index in sharding.addressable_devices_indices_map((size,)).values()
+  }
+  ordered = sorted(parts)
+  for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
+    if end != start:
+      raise config_lib.InputError(
+        f"--mesh {dict(mesh.shape)}: the rows of process"
+        f" {jax.process_index()} are not consecutive; make data times fsdp a"
+        " multiple of the number of processes"
+      )
+  return slice(ordered[0][0], ordered[-1][1])

@@ -31,13 +31,20 @@ class Metrics:
   file reads as if the run had never stopped.
   """
 
-  def __init__(self, workdir: pathlib.Path, resume_step: int):
-    """Opens the files in `workdir`; rows with step > resume_step go."""
+  def __init__(
+    self, workdir: pathlib.Path, resume_step: int, *, write: bool = True
+  ):
+    """Opens the files in `workdir`; rows with step > resume_step go.
+
+    With write=False (a process that is not the first) nothing happens, ever.
+    """
+    self._file = self._events = None
+    if not write:
+      return
     path = workdir / "metrics.jsonl"
     kept = [row for row in read(workdir) if row["step"] <= resume_step]
     path.write_text("".join(json.dumps(row) + "\n" for row in kept))
     self._file = path.open("a", buffering=1)
-    self._events = None
     try:
       import tensorboardX  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -48,6 +55,8 @@ class Metrics:
 
   def write(self, step: int, row: dict[str, float]) -> None:
     """One line {"step": step, **row}, on disk when this returns."""
+    if self._file is None:
+      return
     self._file.write(json.dumps({"step": step, **row}) + "\n")
     self._file.flush()
     if self._events:
@@ -56,7 +65,8 @@ class Metrics:
 
   def close(self) -> None:
     """Closes the files."""
-    self._file.close()
+    if self._file:
+      self._file.close()
     if self._events:
       self._events.close()
 
@@ -100,7 +110,9 @@ class Progress:
   """A bar with the metrics and the time left (tqdm), or a log line now and
   then where tqdm is not installed."""
 
-  def __init__(self, label: str, total: int, initial: int = 0):
+  def __init__(
+    self, label: str, total: int, initial: int = 0, *, show: bool = True
+  ):
     """Shows `label` and counts from `initial` to `total` steps."""
     self._label, self._total, self._done = label, total, initial
     self._start, self._first, self._told = time.time(), initial, time.time()
@@ -108,7 +120,12 @@ class Progress:
       from tqdm import tqdm
 
       self._bar = tqdm(
-        desc=label, total=total, initial=initial, unit="step", mininterval=0.5
+        desc=label,
+        total=total,
+        initial=initial,
+        unit="step",
+        mininterval=0.5,
+        disable=not show,
       )
     except ImportError:
       self._bar = None

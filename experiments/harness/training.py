@@ -22,7 +22,12 @@ import optax
 from absl import logging
 from jax.sharding import Mesh
 
-from giantsteps.experiments.harness import checkpointing, data, metrics
+from giantsteps.experiments.harness import (
+  checkpointing,
+  data,
+  metrics,
+  processes,
+)
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
@@ -297,7 +302,9 @@ def train(
   dataset = dataset or tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, dataset.description)
   placement = placement_lib.make(cfg, task, mesh)
-  prepare_workdir(workdir, cfg, dataset.description)
+  if processes.first():
+    prepare_workdir(workdir, cfg, dataset.description)
+  processes.wait_for_all("work folder")
   tx = tasks_lib.optimizer(cfg)
   with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
     shapes = state_shapes(cfg, task, tx, placement)
@@ -341,11 +348,14 @@ class _Loop:
   def run(self, state: State, update: Callable, stop: Callable) -> State:
     """Steps until the config's end or until `stop()`."""
     cfg, step = self.cfg, int(state.step)
-    self.writer = metrics.Metrics(self.workdir, step)
-    self.bar = metrics.Progress(self.label, cfg.steps, step)
+    self.writer = metrics.Metrics(self.workdir, step, write=processes.first())
+    self.bar = metrics.Progress(
+      self.label, cfg.steps, step, show=processes.first()
+    )
+    stop_all = processes.Stop(self.mesh)
     batches, pending, saved = self.batches(step), None, step
     try:
-      while step < cfg.steps and not stop():
+      while step < cfg.steps and not stop_all(stop()):
         n = min(cfg.steps_per_dispatch, self.next_mark(step) - step)
         state, rows = update(state, batches, n)
         if pending:
@@ -379,14 +389,24 @@ class _Loop:
     return min([*marks, self.cfg.steps])
 
   def batches(self, step: int) -> dict:
-    """[K, B, ...] arrays on the devices for steps step .. step + K - 1."""
+    """[K, B, ...] arrays on the devices for steps step .. step + K - 1.
+
+    Every process reads the rows of its own devices.
+    """
     cfg = self.cfg
-    rows = [
-      data.batch(self.dataset.train, cfg.batch_size, cfg.seed, step + i)
+    sharding = mesh_lib.batch_sharding(self.mesh, axis=1)
+    own = mesh_lib.own_rows(self.mesh, cfg.batch_size)
+    batches = [
+      data.batch(self.dataset.train, cfg.batch_size, cfg.seed, step + i, own)
       for i in range(cfg.steps_per_dispatch)
     ]
-    stacked = jax.tree.map(lambda *xs: np.stack(xs), *rows)
-    return jax.device_put(stacked, mesh_lib.batch_sharding(self.mesh, axis=1))
+
+    def place(*rows):
+      rows = np.stack(rows)
+      whole = (rows.shape[0], cfg.batch_size, *rows.shape[2:])
+      return jax.make_array_from_process_local_data(sharding, rows, whole)
+
+    return jax.tree.map(place, *batches)
 
   def report(self, step: int, n: int, rows: dict) -> None:
     """Waits for the metrics of a dispatch and writes those that are due."""

@@ -269,8 +269,8 @@ def test_a_leaf_that_orbax_returns_otherwise_is_noticed(
   # files agree, the reader does not: the second line of defence
   whole = ocp.Checkpointer.restore
 
-  def one_bit_less(self, folder):
-    tree = whole(self, folder)
+  def one_bit_less(self, folder, **settings):
+    tree = whole(self, folder, **settings)
     if folder.name == "20":
       tree["params"]["layers"]["w"].view(np.uint32)[0, 0, 0] ^= 1
     return tree
