@@ -2,23 +2,34 @@
 
 The ratio |x| / |u| belongs to a layer, and a scanned or vmapped stack holds L
 layers in one array: one ratio for the stack is another algorithm, in which a
-layer of small norm moves at the pace of the largest. So the axes that count
-layers are known here, from the name of the stack or from the caller.
+layer of small norm moves at the pace of the largest (layer_axes.py finds the
+layers). The published implementations differ in what they exclude, clip and
+correct; each is a choice of keywords, four of them have names here.
+
+Leaves alike in shape, type and masks share one jitted function. It is traced
+once per shape, and its scalars stay inside it, so that the compiler sees equal
+kernels and compiles each once. Stacking the leaves instead would compile less
+but copy every array twice, and gather those that are sharded.
 """
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-LAYERS = "layers"  # what the models name the stack that nn.scan makes
-
-Tree = Any
-Mask = Tree | Callable[[Tree], Tree] | None
-Axes = Tree | Callable[[Tree], Tree] | None
+from giantsteps.research.large_batch.layer_axes import (
+  Axes,
+  Mask,
+  Tree,
+  mask_leaves,
+  matrices,
+  require_tree,
+  squared_norm,
+  stacked_axes,
+  wide,
+)
 
 
 class LambState(NamedTuple):
@@ -26,15 +37,19 @@ class LambState(NamedTuple):
 
   Attributes:
     count: [] int32, steps taken.
-    mu, nu: like the parameters, float32 or wider: the moments.
+    mu, nu: like the parameters, float32 or wider (mu: `moment_dtype`): the
+      moments.
     unscaled: per leaf, bool, 1 in place of all axes but the layers': layers
       whose ratio is 1 for good, since they started at zero.
+    master: None, or like the parameters: float32 of those that are narrower,
+      None at the others.
   """
 
   count: jax.Array
   mu: optax.Updates
   nu: optax.Updates
   unscaled: Tree
+  master: Tree | None = None
 
 
 def lamb(
@@ -45,11 +60,19 @@ def lamb(
   eps: float = 1e-6,
   weight_decay: float = 0.01,
   bias_correction: bool = True,
+  grad_averaging: bool = True,
+  decay_in_gradient: bool = False,
+  max_grad_norm: float | None = None,
   trust_mask: Mask = None,
   decay_mask: Mask = None,
+  always_adapt: bool = True,
+  ratio_clip: tuple[float, float] | None = None,
+  phi_clip: tuple[float, float] | None = None,
   layer_axes: Axes = None,
   min_norm: float = 0.0,
   zero_init: Literal["unscaled", "paper"] = "unscaled",
+  moment_dtype: jax.typing.DTypeLike | None = None,
+  master_params: bool = False,
 ) -> optax.GradientTransformation:
   """LAMB, x <- x - lr r u, u = m^ / (sqrt(v^) + eps) + decay x, r = |x| / |u|.
 
@@ -68,51 +91,111 @@ def lamb(
     eps: added to sqrt(v^).
     weight_decay: decoupled, inside the ratio.
     bias_correction: divides the moments by 1 - b^t.
+    grad_averaging: m = b1 m + (1 - b1) g; False: m = b1 m + g.
+    decay_in_gradient: adds decay x to g before the moments instead of to u
+      (apex without `adam_w_mode`).
+    max_grad_norm: first divides g by max(1, |g| / max_grad_norm), |g| over all
+      parameters. None: no clipping.
     trust_mask: True where r applies, False where r = 1; a tree of bools (a
       prefix of the parameters) or a function params -> tree, such as
-      `matrices`. None: everywhere.
+      `matrices` (which then knows `layer_axes`). None: everywhere.
     decay_mask: likewise, where the parameters decay.
+    always_adapt: False keeps r = 1 where nothing decays, too (apex without
+      `use_nvlamb`).
+    ratio_clip: (low, high), r is clipped to it.
+    phi_clip: (low, high), r = clip(|x|) / |u|, the phi of the paper's theory;
+      still 1 where |x| = 0.
     layer_axes: axes that count layers, () for an array that is one layer.
       None: axis 0 below the key "layers" (0 and 1 below two of them), or
-      where flax metadata says "layers". Otherwise a tree of tuples of int: its leaves stand for all
-      parameters at or below them, parameters it leaves out are one layer
-      each ({} or (): none is stacked); or a function params -> tree.
+      where flax metadata says "layers". Otherwise a tree of tuples of int: its
+      leaves stand for all parameters at or below them, parameters it leaves
+      out are one layer each ({} or (): none is stacked); or a function
+      params -> tree.
     min_norm: r = max(|x|, min_norm) / |u|; 0 is the paper.
     zero_init: "unscaled" keeps r = 1 in matrices that start at zero (two axes
       or more besides the layers'); vectors follow the paper. "paper": all do.
+    moment_dtype: type of m between steps; bfloat16 is rounded stochastically.
+      v stays wide: with b2 = .999 a bfloat16 v would stop. None: wide.
+    master_params: keeps float32 copies of narrower parameters, so that steps
+      below their resolution add up; they equal the copies, rounded, as long as
+      only `optax.apply_updates` changes them.
 
   Returns:
-    A transform whose `update` needs the parameters. Updates and moments are
+    A transform whose `update` needs the parameters. Updates, norms and v are
     float32, or wider where the parameters are. Memory: two moments.
 
   Raises:
-    ValueError: for an unknown `zero_init`, axes that a parameter does not
-      have or names that no parameter has, or, in `init`, for parameters that
-      are one flat vector (optax.flatten) without explicit `layer_axes`.
+    ValueError: for an unknown `zero_init`, an empty interval, a `moment_dtype`
+      that is no float, axes that a parameter does not have or names that no
+      parameter has, or, in `init`, for parameters that are one flat vector
+      (optax.flatten) without explicit `layer_axes`.
   """
   if zero_init not in ("unscaled", "paper"):
     raise ValueError(f"zero_init={zero_init!r}: choose unscaled or paper")
+  for name, interval in (("ratio_clip", ratio_clip), ("phi_clip", phi_clip)):
+    if interval is not None and not 0 <= interval[0] <= interval[1]:
+      raise ValueError(f"{name}={interval}: give (low, high), 0 <= low <= high")
+  if max_grad_norm is not None and not max_grad_norm > 0:
+    raise ValueError(f"max_grad_norm={max_grad_norm}: give a positive number")
+  if moment_dtype is not None and not jnp.issubdtype(
+    moment_dtype, jnp.floating
+  ):
+    raise ValueError(f"moment_dtype={moment_dtype}: give a float type")
 
   def init(params: optax.Params) -> LambState:
+    require_tree(params, layer_axes)
     leaves, treedef = jax.tree.flatten(params)
-    one_vector = jax.tree_util.treedef_is_leaf(treedef) and leaves[0].ndim == 1
-    if one_vector and layer_axes is None:
-      raise ValueError(
-        f"parameters are one vector {leaves[0].shape}: LAMB would have one"
-        " ratio for the model; pass the tree, or layer_axes=() to mean it"
-      )
     unscaled = []
     for x, axes in zip(leaves, stacked_axes(params, layer_axes), strict=True):
-      zero = _norm(x.astype(_wide(x)), axes) == 0
+      zero = squared_norm(x.astype(wide(x)), axes) == 0
       matrix = x.ndim - len(axes) >= 2 and zero_init == "unscaled"
       unscaled.append(zero if matrix else jnp.zeros_like(zero))
-    zeros = lambda x: jnp.zeros_like(x, _wide(x))
+    copy = lambda x: x.astype(wide(x)) if x.dtype != wide(x) else None
     return LambState(
       count=jnp.zeros((), jnp.int32),
-      mu=jax.tree.map(zeros, params),
-      nu=jax.tree.map(zeros, params),
+      mu=jax.tree.map(
+        lambda x: jnp.zeros_like(x, moment_dtype or wide(x)), params
+      ),
+      nu=jax.tree.map(lambda x: jnp.zeros_like(x, wide(x)), params),
       unscaled=treedef.unflatten(unscaled),
+      master=jax.tree.map(copy, params) if master_params else None,
     )
+
+  @functools.partial(jax.jit, static_argnames=("axes", "trusts", "decays"))
+  def leaf(g, m, v, x, master, unscaled, scalars, *, axes, trusts, decays):
+    count, rate, clip = scalars
+    low, x = x, (x if master is None else master).astype(v.dtype)
+    m_dtype, g, m = m.dtype, g.astype(v.dtype), m.astype(v.dtype)
+    if clip is not None:
+      g = g * clip.astype(g.dtype)
+    if decays and decay_in_gradient:
+      g = g + weight_decay * x
+    m = b1 * m + (1 - b1 if grad_averaging else 1) * g
+    v = b2 * v + (1 - b2) * g**2
+    hat = lambda a, b: a / (1 - b ** count.astype(a.dtype))
+    m_hat, v_hat = (hat(m, b1), hat(v, b2)) if bias_correction else (m, v)
+    u = m_hat / (jnp.sqrt(v_hat) + eps)
+    if decays and not decay_in_gradient:
+      u = u + weight_decay * x
+    scaled = -rate.astype(u.dtype) * u
+    if trusts:
+      scaled = ratio(x, u, unscaled, axes) * scaled
+    if master is not None:
+      master = x + scaled
+      scaled = master - low.astype(master.dtype)
+    return scaled, _round(m, m_dtype, count), v, master
+
+  def ratio(x, u, unscaled, axes):
+    """phi(|x|) / |u| per layer, 1 where either is zero."""
+    norm = lambda a: jnp.sqrt(squared_norm(a, axes))
+    phi, u_norm = jnp.maximum(norm(x), min_norm), norm(u)
+    usual = (phi > 0) & (u_norm > 0) & ~unscaled
+    if phi_clip is not None:
+      phi = jnp.clip(phi, *phi_clip)
+    r = phi / jnp.where(usual, u_norm, 1)
+    if ratio_clip is not None:
+      r = jnp.clip(r, *ratio_clip)
+    return jnp.where(usual, r, 1)
 
   def update(updates, state, params=None):
     if params is None:
@@ -123,117 +206,78 @@ def lamb(
     rate = learning_rate
     if callable(rate):
       rate = rate(state.count)
-
-    def leaf(g, m, v, x, unscaled, axes, trusts, decays):
-      g, x = g.astype(m.dtype), x.astype(m.dtype)
-      m = b1 * m + (1 - b1) * g
-      v = b2 * v + (1 - b2) * g**2
-      hat = lambda a, b: a / (1 - b ** count.astype(a.dtype))
-      m_hat, v_hat = (hat(m, b1), hat(v, b2)) if bias_correction else (m, v)
-      u = m_hat / (jnp.sqrt(v_hat) + eps)
-      if decays:
-        u = u + weight_decay * x
-      scaled = -jnp.asarray(rate, u.dtype) * u
-      if trusts:
-        phi, u_norm = jnp.maximum(_norm(x, axes), min_norm), _norm(u, axes)
-        usual = (phi > 0) & (u_norm > 0) & ~unscaled
-        scaled = jnp.where(usual, phi / jnp.where(usual, u_norm, 1), 1) * scaled
-      return scaled, m, v
-
+    clip = None
+    if max_grad_norm is not None:
+      clip = 1 / jnp.maximum(1, global_norm(updates) / max_grad_norm)
     treedef = jax.tree.structure(params)
-    trees = (updates, state.mu, state.nu, params, state.unscaled)
-    columns = [treedef.flatten_up_to(tree) for tree in trees]
-    columns.append(stacked_axes(params, layer_axes))
-    columns += [_mask(mask, params) for mask in (trust_mask, decay_mask)]
-    rows = [leaf(*row) for row in zip(*columns, strict=True)]
-    updates, mu, nu = (
-      treedef.unflatten([row[i] for row in rows]) for i in range(3)
+    column = treedef.flatten_up_to
+    master = state.master
+    arrays = zip(
+      column(updates),
+      column(state.mu),
+      column(state.nu),
+      column(params),
+      column(master) if master_params else [None] * treedef.num_leaves,
+      column(state.unscaled),
+      strict=True,
     )
-    return updates, LambState(count, mu, nu, state.unscaled)
+    decays = mask_leaves(decay_mask, params, layer_axes)
+    decays = [decay and weight_decay != 0 for decay in decays]
+    trusts = mask_leaves(trust_mask, params, layer_axes)
+    if not always_adapt:
+      trusts = [t and d for t, d in zip(trusts, decays, strict=True)]
+    kinds = zip(stacked_axes(params, layer_axes), trusts, decays, strict=True)
+    scalars = (count, jnp.asarray(rate), clip)
+    rows = [
+      leaf(*row, scalars, axes=axes, trusts=trust, decays=decay)
+      for row, (axes, trust, decay) in zip(arrays, kinds, strict=True)
+    ]
+    updates, mu, nu, master = (
+      treedef.unflatten([row[i] for row in rows]) for i in range(4)
+    )
+    state = LambState(
+      count, mu, nu, state.unscaled, master if master_params else None
+    )
+    return updates, state
 
   return optax.GradientTransformation(init, update)
 
 
-def matrices(params: Tree, layer_axes: Axes = None) -> Tree:
-  """The mask that leaves out biases and scales of norms.
+# The published implementations; every keyword of `lamb` can be given.
+_FAITHFUL = functools.partial(lamb, zero_init="paper")
+# The paper and its first code: no bias correction; biases and scales of norms
+# have neither ratio nor decay.
+lamb_paper = functools.partial(
+  _FAITHFUL,
+  bias_correction=False,
+  trust_mask=matrices,
+  decay_mask=matrices,
+)
+# TensorFlow Addons with the exclusions of BERT.
+lamb_tfa = functools.partial(
+  _FAITHFUL, trust_mask=matrices, decay_mask=matrices
+)
+# apex FusedLAMB(use_nvlamb=True): clipped, the ratio everywhere. apex by
+# default: always_adapt=False.
+nvlamb = functools.partial(_FAITHFUL, max_grad_norm=1.0, decay_mask=matrices)
+# optax.lamb: one ratio per array, stacked or not. Its weight_decay is 0 unless
+# given; here it is .01, as in all of these.
+lamb_optax = functools.partial(_FAITHFUL, layer_axes={})
 
-  As `trust_mask` and `decay_mask` it is the recipe of BERT.
 
-  Args:
-    params: parameters or their shapes.
-    layer_axes: as in `lamb`.
+def global_norm(tree: Tree) -> jax.Array:
+  """|g| over all leaves, [] float32 or wider."""
+  square = jax.jit(lambda g: jnp.sum(g.astype(wide(g)) ** 2))
+  return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.float32(0)))
 
-  Returns:
-    A tree of bools: two axes or more besides those that count layers.
-  """
-  leaves, treedef = jax.tree.flatten(params)
-  axes = stacked_axes(params, layer_axes)
-  return treedef.unflatten(
-    [jnp.ndim(x) - len(a) >= 2 for x, a in zip(leaves, axes, strict=True)]
+
+def _round(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:
+  """x in dtype; float32 to bfloat16 up or down at random, right on average."""
+  if x.dtype != jnp.float32 or dtype != jnp.bfloat16:
+    return x.astype(dtype)
+  noise = jax.random.bits(jax.random.key(count), x.shape, jnp.uint16)
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise.astype(jnp.uint32)
+  kept = jax.lax.bitcast_convert_type(
+    bits & jnp.uint32(0xFFFF0000), jnp.float32
   )
-
-
-def stacked_axes(params: Tree, layer_axes: Axes) -> list[tuple[int, ...]]:
-  """The axes that count layers, for each leaf in order; see `lamb`."""
-  if callable(layer_axes):
-    layer_axes = layer_axes(params)
-  if layer_axes is None:
-    return _named_axes(params)
-  is_axes = lambda a: (
-    a is None
-    or isinstance(a, int)
-    or (isinstance(a, tuple) and all(isinstance(i, int) for i in a))
-  )
-  given = jax.tree_util.tree_flatten_with_path(layer_axes, is_leaf=is_axes)[0]
-  given = {path: (a,) if isinstance(a, int) else a or () for path, a in given}
-  used = set()
-  out = []
-  for path, x in jax.tree_util.tree_flatten_with_path(params)[0]:
-    prefixes = (path[:i] for i in range(len(path), -1, -1))
-    prefix = next((p for p in prefixes if p in given), None)
-    axes = () if prefix is None else given[prefix]
-    if any(not -jnp.ndim(x) <= a < jnp.ndim(x) for a in axes):
-      name = jax.tree_util.keystr(path)
-      raise ValueError(f"layer_axes {axes} of {name}, shape {jnp.shape(x)}")
-    used.add(prefix)
-    out.append(axes)
-  for path in given:
-    if path and path not in used:
-      name = jax.tree_util.keystr(path)
-      raise ValueError(f"layer_axes names {name}, which no parameter has")
-  return out
-
-
-def _named_axes(params: Tree) -> list[tuple[int, ...]]:
-  """The axes flax names "layers", or one per key "layers" above the leaf."""
-  is_boxed = lambda a: isinstance(a, nn.Partitioned)
-  boxes = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_boxed)[0]
-  out = []
-  for path, leaf in boxes:
-    if is_boxed(leaf) and LAYERS in leaf.names:
-      out.append(tuple(i for i, n in enumerate(leaf.names) if n == LAYERS))
-      continue
-    above = sum(getattr(key, "key", None) == LAYERS for key in path)
-    value = leaf.value if is_boxed(leaf) else leaf
-    out.append(tuple(range(min(above, jnp.ndim(value)))))
-  return out
-
-
-def _mask(mask: Mask, params: Tree) -> list[bool]:
-  """One bool per leaf, in order."""
-  if mask is None:
-    return [True] * len(jax.tree.leaves(params))
-  if callable(mask):
-    mask = mask(params)
-  return [bool(m) for m in jax.tree.leaves(jax.tree.broadcast(mask, params))]
-
-
-def _wide(x: jax.Array) -> jnp.dtype:
-  return jnp.promote_types(x.dtype, jnp.float32)
-
-
-def _norm(x: jax.Array, layer_axes: tuple[int, ...]) -> jax.Array:
-  """Euclidean norm over all axes but these; the reduced axes stay, as 1."""
-  kept = {a % x.ndim for a in layer_axes}
-  axes = tuple(a for a in range(x.ndim) if a not in kept)
-  return jnp.sqrt(jnp.sum(x**2, axes, keepdims=True))
+  return jnp.where(jnp.isfinite(x), kept, x).astype(dtype)
