@@ -187,12 +187,15 @@ def lamb(
 
   def ratio(x, u, unscaled, axes):
     """phi(|x|) / |u| per layer, 1 where either is zero."""
-    norm = lambda a: jnp.sqrt(squared_norm(a, axes))
-    phi, u_norm = jnp.maximum(norm(x), min_norm), norm(u)
-    usual = (phi > 0) & (u_norm > 0) & ~unscaled
+    xx, uu = squared_norm(x, axes), squared_norm(u, axes)
+    if min_norm:
+      xx = jnp.maximum(xx, min_norm**2)
+    usual = (xx > 0) & (uu > 0)
+    if zero_init == "unscaled":
+      usual &= ~unscaled
     if phi_clip is not None:
-      phi = jnp.clip(phi, *phi_clip)
-    r = phi / jnp.where(usual, u_norm, 1)
+      xx = jnp.clip(xx, phi_clip[0] ** 2, phi_clip[1] ** 2)
+    r = jnp.sqrt(xx / jnp.where(usual, uu, 1))
     if ratio_clip is not None:
       r = jnp.clip(r, *ratio_clip)
     return jnp.where(usual, r, 1)
