@@ -94,7 +94,7 @@ def _transformer(rng: np.random.Generator) -> dict:
     "norm_0": draw(WIDTH),
     "norm_1": draw(WIDTH),
   }
-  params = {f"block_{i}": block() for i in range(DEPTH)}
+  params: dict = {f"block_{i}": block() for i in range(DEPTH)}
   params["embedding"] = draw(VOCABULARY, WIDTH)
   params["positions"] = draw(POSITIONS, WIDTH)
   params["norm"] = draw(WIDTH)
@@ -115,7 +115,7 @@ def _compile_in_turns(transforms, params, grads) -> tuple[dict, dict]:
   """Seconds of each compilation, and the last program, by name."""
   seconds, compiled = {name: [] for name in transforms}, {}
   states = {n: jax.eval_shape(tx.init, params) for n, tx in transforms.items()}
-  cached = jax.config.jax_enable_compilation_cache
+  cached = jax.config.values["jax_enable_compilation_cache"]
   jax.config.update("jax_enable_compilation_cache", False)
   try:
     for _ in range(COMPILES):

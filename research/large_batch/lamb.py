@@ -49,7 +49,7 @@ class LambState(NamedTuple):
   mu: optax.Updates
   nu: optax.Updates
   unscaled: Tree
-  master: Tree | None = None
+  master: Tree = None
 
 
 def lamb(

@@ -97,7 +97,8 @@ def mask_leaves(mask: Mask, params: Tree, layer_axes: Axes) -> list[bool]:
 
 def wide(x: jax.Array) -> jnp.dtype:
   """float32, or wider where x is: the type of norms and moments."""
-  return jnp.promote_types(x.dtype, jnp.float32)
+  is_wide = jnp.issubdtype(x.dtype, jnp.inexact) and x.dtype.itemsize >= 4
+  return x.dtype if is_wide else jnp.dtype(jnp.float32)
 
 
 def squared_norm(x: jax.Array, layer_axes: tuple[int, ...]) -> jax.Array:
