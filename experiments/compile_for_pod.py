@@ -16,6 +16,7 @@ import math
 import os
 import pathlib
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -107,7 +108,7 @@ def compile_step(
     jax.errors.JaxRuntimeError: what the compiler says; RESOURCE_EXHAUSTED if
       the step does not fit.
   """
-  return lower(config, topology, mesh, overrides).lowered.compile()
+  return _compile(lower(config, topology, mesh, overrides))
 
 
 def lower(
@@ -197,7 +198,7 @@ def report(step: Step) -> dict[str, Any]:
   seconds = {"products": step.flops / chip.flops}
   start = time.perf_counter()
   try:
-    compiled = step.lowered.compile()
+    compiled = _compile(step)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -225,6 +226,13 @@ def report(step: Step) -> dict[str, Any]:
   out["dominates"] = max(seconds, key=lambda name: seconds[name])
   seconds["schedule"] = collectives.cycles(text) / chip.clock
   return out | {"seconds": seconds, "collectives": [*map(_per_step, found)]}
+
+
+def _compile(step: Step) -> jax.stages.Compiled:
+  with warnings.catch_warnings():
+    # a compilation cache cannot hold programs of machines that are not here
+    warnings.filterwarnings("ignore", "Error reading persistent compilation")
+    return step.lowered.compile()
 
 
 def _per_step(c: collectives.Collective) -> dict[str, Any]:

@@ -3,22 +3,25 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from giantsteps.experiments import compile_for_pod
 from giantsteps.experiments.harness import chips, collectives, config
 
 
-@pytest.fixture(scope="module")
-def step():
+def lower(mesh, *overrides):
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed (extra `test` on x86-64 Linux)")
   try:
-    return compile_for_pod.lower(
-      "bert_smoke", "v5e:4x4", "data=16", ["accumulate=2"]
-    )
+    return compile_for_pod.lower("bert_smoke", "v5e:4x4", mesh, overrides)
   except config.InputError as error:  # libtpu of another jax, a locked device
     pytest.skip(f"libtpu gives no topology here: {error}")
+
+
+@pytest.fixture(scope="module")
+def step():
+  return lower("data=16", "accumulate=2")
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,22 @@ def test_the_words_say_what_matters(report):
   text = compile_for_pod.words(report)
   for word in ("fits", "dominate", "reduce-scatter", "arguments", "16 chips"):
     assert word in text
+
+
+def test_fully_sharded_layers_are_gathered_and_activations_stay():
+  small = ("model.width=512", "model.mlp_width=1408", "model.head_dim=32")
+  step = lower("fsdp=16", "optim.shards=0", *small)
+  report = compile_for_pod.report(step)
+  params = step.state.params["layers"]
+  size = 2 * sum(x.size for x in jax.tree.leaves(params) if x.ndim == 3)
+  inside = [row for row in report["collectives"] if row["in_loop"]]
+  total = lambda kind: sum(r["bytes"] for r in inside if r["kind"] == kind)
+  # bfloat16 weights forward, again backward, and their gradients once
+  assert total("all-gather") == 2 * size
+  assert size <= total("all-reduce") < 1.01 * size
+  assert {row["kind"] for row in inside} == {"all-gather", "all-reduce"}
+  # one layer at a time: far below the 103 MB of all float32 parameters
+  assert report["memory"]["temporaries"] < 2**25
 
 
 def test_a_ring_uses_the_sides_that_its_group_needs():
