@@ -83,6 +83,27 @@ class Optim:
 
 
 @dataclasses.dataclass(frozen=True)
+class Stage:
+  """The second part of a run, with other rows: BERT's longer sequences.
+
+  The rate rises from 0 again; parameters, moments and averages go on.
+
+  Attributes:
+    start: updates before it; 0: there is none.
+    seq_len: tokens per row from then on.
+    batch_size: rows per update from then on.
+    learning_rate: its peak (of `optim.adam_learning_rate`: in proportion).
+    warmup: steps of linear rise from 0.
+  """
+
+  start: int = 0
+  seq_len: int = 0
+  batch_size: int = 0
+  learning_rate: float = 0.0
+  warmup: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """One run of `train`.
 
@@ -90,7 +111,7 @@ class Config:
     task: what is learned: a velocity, masked tokens or the next token.
     model: the `Config` of a module of giantsteps.models; its type names the
       network.
-    data, optim: see there.
+    data, optim, second: see there.
     seed: of parameters, batches and noise.
     steps: updates in all.
     batch_size: rows per update, all micro-batches and devices together.
@@ -109,6 +130,7 @@ class Config:
   model: Any
   data: Data = Data()
   optim: Optim = Optim()
+  second: Stage = Stage()
   seed: int = 0
   steps: int = 2_000
   batch_size: int = 256
@@ -199,6 +221,29 @@ def validate(cfg: Config) -> None:
       f"batch_size={cfg.batch_size}: not a multiple of "
       f"accumulate={cfg.accumulate}"
     )
+  if cfg.second.start:
+    _check_second(cfg)
+
+
+def _check_second(cfg: Config) -> None:
+  second = cfg.second
+  if second.start >= cfg.steps:
+    raise InputError(
+      f"second.start={second.start}: must be below steps={cfg.steps}, or 0"
+    )
+  if cfg.task == "flow":
+    raise InputError(f"second.start={second.start}: task 'flow' has one stage")
+  for name in ("seq_len", "batch_size", "learning_rate"):
+    if not getattr(second, name) > 0:
+      raise InputError(
+        f"second.{name}={getattr(second, name)}: must be positive, since "
+        f"second.start={second.start}"
+      )
+  if second.batch_size % cfg.accumulate:
+    raise InputError(
+      f"second.batch_size={second.batch_size}: not a multiple of "
+      f"accumulate={cfg.accumulate}"
+    )
 
 
 def _check_model(flat: dict[str, Any]) -> None:
@@ -239,6 +284,11 @@ _RANGES = {  # low <= value < high
   "keep_every": (0, _LARGE),
   "optim.warmup": (0, _LARGE),
   "optim.shards": (0, _LARGE),
+  "second.start": (0, _LARGE),
+  "second.seq_len": (0, _LARGE),
+  "second.batch_size": (0, _LARGE),
+  "second.learning_rate": (0, _LARGE),
+  "second.warmup": (0, _LARGE),
   "optim.learning_rate": (0, _LARGE),
   "optim.eps": (0, _LARGE),
   "optim.weight_decay": (0, _LARGE),

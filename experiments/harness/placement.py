@@ -43,9 +43,14 @@ def make(cfg: config_lib.Config, task: tasks_lib.Task, mesh: Mesh) -> Placement:
     InputError: if the batch does not divide, or optim.shards does not fit.
   """
   rows = mesh_lib.batch_size(mesh)
-  if cfg.batch_size % (rows * cfg.accumulate):
+  sizes = {"batch_size": cfg.batch_size}
+  if cfg.second.start:
+    sizes["second.batch_size"] = cfg.second.batch_size
+  for name, size in sizes.items():
+    if not size % (rows * cfg.accumulate):
+      continue
     raise config_lib.InputError(
-      f"batch_size={cfg.batch_size} is not a multiple of the {rows} parts of "
+      f"{name}={size} is not a multiple of the {rows} parts of "
       f"--mesh (data times fsdp) times accumulate={cfg.accumulate}"
     )
   return (

@@ -116,9 +116,19 @@ def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
 
 
 def schedule(cfg: config_lib.Config, peak: float) -> Callable:
-  """step (from 0) -> rate: linear rise over the warm-up, then `cfg.optim`."""
-  o = cfg.optim
-  rest = max(cfg.steps - o.warmup, 1)
+  """step (from 0) -> rate of `cfg.optim`, risen anew in a second stage."""
+  o, second = cfg.optim, cfg.second
+  first = _rise_and(o, peak, second.start or cfg.steps, o.warmup)
+  if not second.start:
+    return first
+  peak = peak * second.learning_rate / o.learning_rate
+  rest = _rise_and(o, peak, cfg.steps - second.start, second.warmup)
+  return optax.join_schedules([first, rest], [second.start])
+
+
+def _rise_and(o: config_lib.Optim, peak: float, steps: int, warmup: int):
+  """Linear rise over the warm-up, then the shape of `o.schedule`."""
+  rest = max(steps - warmup, 1)
   match o.schedule:
     case "constant":
       tail = optax.constant_schedule(peak)
@@ -127,8 +137,8 @@ def schedule(cfg: config_lib.Config, peak: float) -> Callable:
     case _:
       tail = optax.linear_schedule(peak, peak * o.end_factor, rest)
   # step t (from 0) of w warm-up steps has (t + 1)/w of the peak: never zero
-  rise = lambda t: peak * jnp.minimum(1.0, (t + 1) / o.warmup)
-  return optax.join_schedules([rise, tail], [o.warmup]) if o.warmup else tail
+  rise = lambda t: peak * jnp.minimum(1.0, (t + 1) / warmup)
+  return optax.join_schedules([rise, tail], [warmup]) if warmup else tail
 
 
 def _muon_axes(params: Any) -> Any:

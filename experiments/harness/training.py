@@ -7,6 +7,7 @@ resuming is exact.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import pathlib
@@ -342,7 +343,8 @@ class _Loop:
     self.cfg, self.workdir, self.mesh, self.task = cfg, workdir, mesh, task
     self.unpack = jax.jit(placement.unpack)
     self.dataset, self.checkpoints, self.on_eval = dataset, checkpoints, on_eval
-    self.label = label
+    self.label, self.longer = label, None
+    self.rate = tasks_lib.schedule(cfg, cfg.optim.learning_rate)
     self.evaluate = jax.jit(task.evaluate)
 
   def run(self, state: State, update: Callable, stop: Callable) -> State:
@@ -386,7 +388,19 @@ class _Loop:
     """The next step at which the host has something to do."""
     every = (self.cfg.eval_every, self.cfg.checkpoint_every)
     marks = [(step // k + 1) * k for k in every if k]
+    if step < self.cfg.second.start:
+      marks.append(self.cfg.second.start)
     return min([*marks, self.cfg.steps])
+
+  def stage(self, step: int) -> tuple[data.Dataset, int, int]:
+    """(rows, rows per update, first step) of the stage that `step` is in."""
+    cfg, second = self.cfg, self.cfg.second
+    if not second.start or step < second.start:
+      return self.dataset, cfg.batch_size, 0
+    if self.longer is None:
+      rows = dataclasses.replace(cfg.data, seq_len=second.seq_len)
+      self.longer = tasks_lib.load_data(dataclasses.replace(cfg, data=rows))
+    return self.longer, second.batch_size, second.start
 
   def batches(self, step: int) -> dict:
     """[K, B, ...] arrays on the devices for steps step .. step + K - 1.
@@ -394,16 +408,17 @@ class _Loop:
     Every process reads the rows of its own devices.
     """
     cfg = self.cfg
+    dataset, size, first = self.stage(step)
     sharding = mesh_lib.batch_sharding(self.mesh, axis=1)
-    own = mesh_lib.own_rows(self.mesh, cfg.batch_size)
+    own = mesh_lib.own_rows(self.mesh, size)
     batches = [
-      data.batch(self.dataset.train, cfg.batch_size, cfg.seed, step + i, own)
+      data.batch(dataset.train, size, cfg.seed, step - first + i, own)
       for i in range(cfg.steps_per_dispatch)
     ]
 
     def place(*rows):
       rows = np.stack(rows)
-      whole = (rows.shape[0], cfg.batch_size, *rows.shape[2:])
+      whole = (rows.shape[0], size, *rows.shape[2:])
       return jax.make_array_from_process_local_data(sharding, rows, whole)
 
     return jax.tree.map(place, *batches)
@@ -414,6 +429,7 @@ class _Loop:
     for i in range(n):
       if self.due(step + i + 1, self.cfg.log_every):
         row = {name: float(values[i]) for name, values in rows.items()}
+        row["rate"] = float(self.rate(step + i))
         self.writer.write(step + i + 1, row | {"time": time.time()})
     self.bar.advance(n, loss=float(rows["loss"][n - 1]))
     worst = int(rows["skipped"][:n].max())
@@ -434,7 +450,8 @@ class _Loop:
   def evaluation(self, step: int, state: State) -> None:
     """Held-out metrics of the averaged parameters."""
     params = self.unpack(state.ema)
-    values = held_out(self.cfg, self.evaluate, self.dataset.held_out, params)
+    split = self.stage(step)[0].held_out
+    values = held_out(self.cfg, self.evaluate, split, params)
     self.writer.write(step, values | {"time": time.time()})
     logging.info(
       "step %d: %s",
