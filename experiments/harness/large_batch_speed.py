@@ -7,7 +7,6 @@ which an optimizer can unroll.
 
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,11 @@ import optax
 from giantsteps.research import large_batch
 
 WIDTH, DEPTH, VOCABULARY, POSITIONS = 384, 12, 9_728, 512
+TRANSFORMS = {
+  "lamb": lambda: large_batch.lamb(1e-3),
+  "optax.lamb": lambda: optax.lamb(1e-3, weight_decay=0.01),
+  "optax.adamw": lambda: optax.adamw(1e-3, weight_decay=0.01),
+}
 COMPILES = 5  # compilations of each, of which the median is reported
 FLOOR = 42  # bytes per parameter of two passes over memory, all float32, with
 # a bfloat16 copy of the parameters: x, g, m, v in, m, v out; x, m, v in, x out
@@ -47,13 +51,8 @@ def measure(rounds: int = 30) -> dict:
   params = _transformer(np.random.default_rng(0))
   grads = _transformer(np.random.default_rng(1))
   size = sum(a.size for a in jax.tree.leaves(params))
-  transforms = {
-    "lamb": large_batch.lamb(1e-3),
-    "optax.lamb": optax.lamb(1e-3, weight_decay=0.01),
-    "optax.adamw": optax.adamw(1e-3, weight_decay=0.01),
-  }
-  compile_s, compiled = _compile_in_turns(transforms, params, grads)
-  update_s = _run_in_turns(transforms, compiled, params, grads, rounds)
+  compile_s, compiled = _compile_in_turns(params, grads)
+  update_s = _run_in_turns(compiled, params, grads, rounds)
   result = {
     "parameters": size,
     "leaves": len(jax.tree.leaves(params)),
@@ -101,9 +100,25 @@ def _transformer(rng: np.random.Generator) -> dict:
   return params
 
 
-def _step(tx: optax.GradientTransformation) -> Callable:
-  """A new jitted step, which nothing has traced yet."""
+def _compile_in_turns(params, grads) -> tuple[dict, dict]:
+  """Seconds of each compilation, and the last program, by name."""
+  seconds, compiled = {name: [] for name in TRANSFORMS}, {}
+  cached = jax.config.values["jax_enable_compilation_cache"]
+  jax.config.update("jax_enable_compilation_cache", False)
+  try:
+    for _ in range(COMPILES):
+      for name, make in TRANSFORMS.items():
+        tx = make()  # anew, so that nothing of it is traced yet
+        state = jax.eval_shape(tx.init, params)
+        start = time.perf_counter()
+        compiled[name] = _jitted_step(tx).lower(params, state, grads).compile()
+        seconds[name].append(time.perf_counter() - start)
+  finally:
+    jax.config.update("jax_enable_compilation_cache", cached)
+  return seconds, compiled
 
+
+def _jitted_step(tx: optax.GradientTransformation):
   def step(params, state, grads):
     updates, state = tx.update(grads, state, params)
     return optax.apply_updates(params, updates), state
@@ -111,32 +126,13 @@ def _step(tx: optax.GradientTransformation) -> Callable:
   return jax.jit(step, donate_argnums=(0, 1))
 
 
-def _compile_in_turns(transforms, params, grads) -> tuple[dict, dict]:
-  """Seconds of each compilation, and the last program, by name."""
-  seconds, compiled = {name: [] for name in transforms}, {}
-  states = {n: jax.eval_shape(tx.init, params) for n, tx in transforms.items()}
-  cached = jax.config.values["jax_enable_compilation_cache"]
-  jax.config.update("jax_enable_compilation_cache", False)
-  try:
-    for _ in range(COMPILES):
-      for name, tx in transforms.items():
-        jax.clear_caches()
-        start = time.perf_counter()
-        lowered = _step(tx).lower(params, states[name], grads)
-        compiled[name] = lowered.compile()
-        seconds[name].append(time.perf_counter() - start)
-  finally:
-    jax.config.update("jax_enable_compilation_cache", cached)
-  return seconds, compiled
-
-
-def _run_in_turns(transforms, compiled, params, grads, rounds) -> dict:
+def _run_in_turns(compiled, params, grads, rounds) -> dict:
   """Seconds of each step by name, after one to warm up."""
   carries = {
-    name: (jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params))
-    for name, tx in transforms.items()
+    name: (jax.tree.map(jnp.copy, params), jax.jit(make().init)(params))
+    for name, make in TRANSFORMS.items()
   }
-  seconds = {name: [] for name in transforms}
+  seconds = {name: [] for name in TRANSFORMS}
   for i in range(rounds + 1):
     for name, program in compiled.items():
       jax.block_until_ready(carries[name])

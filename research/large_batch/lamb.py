@@ -8,8 +8,8 @@ correct; each is a choice of keywords, four of them have names here.
 
 Leaves alike in shape, type and masks share one jitted function. It is traced
 once per shape, and its scalars stay inside it, so that the compiler sees equal
-kernels and compiles each once. Stacking the leaves instead would compile less
-but copy every array twice, and gather those that are sharded.
+kernels and compiles each once. Stacking the leaves instead copies every array
+twice, compiles a slice per leaf, and gathers those that are sharded.
 """
 
 import functools
@@ -135,8 +135,8 @@ def lamb(
   for name, interval in (("ratio_clip", ratio_clip), ("phi_clip", phi_clip)):
     if interval is not None and not 0 <= interval[0] <= interval[1]:
       raise ValueError(f"{name}={interval}: give (low, high), 0 <= low <= high")
-  if max_grad_norm is not None and not max_grad_norm > 0:
-    raise ValueError(f"max_grad_norm={max_grad_norm}: give a positive number")
+  if _is_zero(max_grad_norm):
+    raise ValueError("max_grad_norm=0: give a positive number, or None")
   if moment_dtype is not None and not jnp.issubdtype(
     moment_dtype, jnp.floating
   ):
@@ -188,14 +188,15 @@ def lamb(
   def ratio(x, u, unscaled, axes):
     """phi(|x|) / |u| per layer, 1 where either is zero."""
     xx, uu = squared_norm(x, axes), squared_norm(u, axes)
-    if min_norm:
+    if not _is_zero(min_norm):
       xx = jnp.maximum(xx, min_norm**2)
     usual = (xx > 0) & (uu > 0)
     if zero_init == "unscaled":
       usual &= ~unscaled
     if phi_clip is not None:
       xx = jnp.clip(xx, phi_clip[0] ** 2, phi_clip[1] ** 2)
-    r = jnp.sqrt(xx / jnp.where(usual, uu, 1))
+    # two roots: the quotient of the squares overflows
+    r = jnp.sqrt(xx) / jnp.sqrt(jnp.where(usual, uu, 1))
     if ratio_clip is not None:
       r = jnp.clip(r, *ratio_clip)
     return jnp.where(usual, r, 1)
@@ -225,7 +226,7 @@ def lamb(
       strict=True,
     )
     decays = mask_leaves(decay_mask, params, layer_axes)
-    decays = [decay and weight_decay != 0 for decay in decays]
+    decays = [decay and not _is_zero(weight_decay) for decay in decays]
     trusts = mask_leaves(trust_mask, params, layer_axes)
     if not always_adapt:
       trusts = [t and d for t, d in zip(trusts, decays, strict=True)]
@@ -272,6 +273,11 @@ def global_norm(tree: Tree) -> jax.Array:
   """|g| over all leaves, [] float32 or wider."""
   square = jax.jit(lambda g: jnp.sum(g.astype(wide(g)) ** 2))
   return jnp.sqrt(sum(map(square, jax.tree.leaves(tree)), jnp.float32(0)))
+
+
+def _is_zero(value: jax.typing.ArrayLike | None) -> bool:
+  """Known to be 0 now; not where a program is to decide (inject_hyperparams)."""
+  return isinstance(value, int | float) and value == 0
 
 
 def _round(x: jax.Array, dtype: jnp.dtype, count: jax.Array) -> jax.Array:

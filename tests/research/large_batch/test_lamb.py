@@ -257,6 +257,26 @@ class InvariantTest(parameterized.TestCase):
       lambda a, b: np.testing.assert_array_equal(a[3:], b), whole, second
     )
 
+  def test_tiny_directions_keep_their_ratio(self):
+    # |u| = 1e-18: the step is still rate |x|, and finite
+    params, grads = {"w": jnp.full(4, 1e3)}, {"w": jnp.full(4, 1e-24)}
+    tx = large_batch.lamb(0.5, weight_decay=0.0)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates["w"], -0.5e3, rtol=1e-5)
+
+  def test_hyperparameters_can_be_arrays(self):
+    params, grads = layers_tree()
+    keywords = {"weight_decay": 0.1, "max_grad_norm": 1.0}
+    tx = optax.inject_hyperparams(large_batch.lamb)(0.03, **keywords)
+    path, _ = trajectory(tx, params, grads)
+    want, _ = trajectory(large_batch.lamb(0.03, **keywords), params, grads)
+    # b1 and b2 are float32 here, so 1 - b2 is off by 2^-24 / 1e-3
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5),
+      path,
+      want,
+    )
+
   def test_schedule_is_read_before_the_step(self):
     params, grads = layers_tree()
     tx = large_batch.lamb(lambda count: jnp.where(count == 0, 0.0, 0.03))
@@ -587,6 +607,19 @@ for shape, chosen in (
       np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
       assert a.sharding.is_equivalent_to(c.sharding, a.ndim), (a.sharding, c.sharding)
       assert m.sharding.is_equivalent_to(c.sharding, a.ndim), (m.sharding, c.sharding)
+
+mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+with jax.set_mesh(mesh):
+  placed = jax.tree.map(
+    lambda spec, a: jax.device_put(a, NamedSharding(mesh, spec)),
+    SPECS[1], params, is_leaf=lambda a: isinstance(a, P))
+  for tx in (
+    large_batch.lamb(0.03, moment_dtype=jnp.bfloat16, master_params=True),
+    large_batch.lars(0.03)):
+    state = tx.init(placed)
+    updates, after = jax.jit(tx.update)(placed, state, placed)
+    for a, b in zip(*map(jax.tree.leaves, ((placed, state), (updates, after)))):
+      assert jax.typeof(a).sharding == jax.typeof(b).sharding, (a, b)
 print("equal")
 """
 
