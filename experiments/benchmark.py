@@ -1,19 +1,22 @@
 """Measures solvers or a trained model and writes the numbers as JSON.
 
   python -m giantsteps.experiments.benchmark --suite samplers
+  python -m giantsteps.experiments.benchmark --suite large_batch
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
   python -m giantsteps.experiments.benchmark --suite text --workdir runs/code
 
 samplers: distance to the exact solution at 5 to 20 calls on mixtures of
 Gaussians, for our default and for every public solver; microseconds per step
 when the model is free; both beside diffusers where it is installed, else beside
-its recorded figures (experiments/results/samplers.json). digits: Frechet
+its recorded figures (experiments/results/samplers.json). large_batch: one
+update of LAMB against optax.lamb (time, compile time, bytes), and the
+collectives of a training step compiled for sixteen TPU chips. digits: Frechet
 distance against the held-out half with floor and control, and distance to the
 500-step solution, for every solver at 3 to 50 calls, over three noises; and
 the solvers' ranking by their distance to the exact samples. text: bits per byte against byte n-grams with the same training
 bytes; for masked models also what is lost by committing several bytes per
 forward pass. The result goes to benchmark_<suite>.json in the work folder
-(runs/benchmark for samplers, with plots).
+(runs/benchmark for samplers and large_batch).
 """
 
 import json
@@ -29,9 +32,11 @@ from giantsteps.experiments.harness import (
   data,
   diffusers_peers,
   digits_quality,
+  large_batch_speed,
   metrics,
   ngrams,
   plots,
+  pod,
   samplers_overhead,
   samplers_quality,
   sampling,
@@ -46,17 +51,21 @@ RECORDED = pathlib.Path(__file__).parent / "results" / "samplers.json"
 _SUITE = flags.DEFINE_enum(
   "suite",
   None,
-  ["samplers", "digits", "text"],
+  ["samplers", "large_batch", "digits", "text"],
   "What is measured.",
   required=True,
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of a training run; samplers: where results go (runs/benchmark).",
+  "Folder of a training run; samplers and large_batch: where results go "
+  "(runs/benchmark).",
 )
 _ROUNDS = flags.DEFINE_integer(
-  "rounds", 9, "samplers: of the timings, 0 for none.", lower_bound=0
+  "rounds",
+  None,
+  "Of the timings; samplers: 9, 0 for none; large_batch: 30.",
+  lower_bound=0,
 )
 _WINDOWS = flags.DEFINE_integer(
   "windows", 208, "text: held-out windows that are decoded.", lower_bound=2
@@ -69,9 +78,10 @@ _ORDER = flags.DEFINE_integer(
 def main() -> int:
   """Runs the suite of the flags."""
   start = time.time()
-  if _SUITE.value == "samplers":
+  if _SUITE.value in ("samplers", "large_batch"):
     workdir = pathlib.Path(_WORKDIR.value or "runs/benchmark")
-    result = samplers(workdir)
+    suite = samplers if _SUITE.value == "samplers" else updates
+    result = suite(workdir)
   else:
     if _WORKDIR.value is None:
       raise config_lib.InputError(
@@ -92,10 +102,8 @@ def main() -> int:
 def samplers(workdir: pathlib.Path) -> dict:
   """Errors on mixtures, then overhead; tables as text, JSON and plots."""
   core = samplers_overhead.pin()
-  try:
-    workdir.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise config_lib.InputError(f"--workdir {workdir}: {error}") from error
+  rounds = 9 if _ROUNDS.value is None else _ROUNDS.value
+  _make(workdir)
   peers, recorded = diffusers_peers.versions(), None
   if peers:
     logging.info("peers: %s", peers)
@@ -119,12 +127,50 @@ def samplers(workdir: pathlib.Path) -> dict:
     {k: v["rows"] for k, v in result["problems"].items()},
     workdir / "samplers_error.png",
   )
-  if _ROUNDS.value:
-    overhead = samplers_overhead.measure(_ROUNDS.value, report=logging.info)
+  if rounds:
+    overhead = samplers_overhead.measure(rounds, report=logging.info)
     result["overhead"] = overhead | {"core": core}
     theirs = recorded["overhead"]["rows"] if recorded else []
     _print_overhead(overhead, theirs)
   return result
+
+
+def updates(workdir: pathlib.Path) -> dict:
+  """LAMB's update beside optax's, and what a step sends between chips."""
+  _make(workdir)
+  rounds = 30 if _ROUNDS.value is None else max(2, _ROUNDS.value)
+  speed = large_batch_speed.measure(rounds)
+  show = lambda s: (
+    f"{s['median']:.3g} [{s['quartiles'][0]:.3g}, {s['quartiles'][1]:.3g}]"
+  )
+  print(
+    f"one update of {speed['parameters'] / 1e6:.1f} M float32 parameters in"
+    f" {speed['leaves']} arrays; median [quartiles] of {rounds} rounds"
+  )
+  for name in ("lamb", "optax.lamb", "optax.adamw"):
+    row = speed[name]
+    print(
+      f"{name:12s} {show(row['update_ms'])} ms, compiled in"
+      f" {show(row['compile_s'])} s, {row['bytes_per_parameter']:.0f} bytes per"
+      f" parameter (floor {speed['floor_bytes_per_parameter']})"
+    )
+  print(f"lamb / optax.lamb, time of a round: {show(speed['update_ratio'])}")
+  print(f"lamb / optax.lamb, compile time: {show(speed['compile_ratio'])}")
+  try:
+    steps = pod.compare("bert_smoke", "v5e:4x4")
+  except config_lib.InputError as error:
+    logging.warning("no collectives: %s", error)
+    return {"update": speed}
+  print("\nbert_smoke on 16 chips of TPU v5e, per chip and step")
+  print(pod.table(steps))
+  return {"update": speed, "steps": steps}
+
+
+def _make(workdir: pathlib.Path) -> None:
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise config_lib.InputError(f"--workdir {workdir}: {error}") from error
 
 
 def _print_problem(name: str, measured: dict) -> None:

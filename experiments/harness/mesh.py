@@ -128,10 +128,8 @@ def own_rows(mesh: Mesh, size: int) -> slice:
     InputError: if they are not consecutive.
   """
   sharding = batch_sharding(mesh)
-  parts = {
-    index[0].indices(size)[:2]
-    for index in sharding.addressable_devices_indices_map((size,)).values()
-  }
+  indices = sharding.addressable_devices_indices_map((size,)).values()
+  parts = {index[0].indices(size)[:2] for index in indices if index}
   ordered = sorted(parts)
   for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
     if end != start:

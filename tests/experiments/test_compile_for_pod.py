@@ -6,15 +6,14 @@ import json
 import jax
 import pytest
 
-from giantsteps.experiments import compile_for_pod
-from giantsteps.experiments.harness import chips, collectives, config
+from giantsteps.experiments.harness import chips, collectives, config, pod
 
 
 def lower(mesh, *overrides):
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed (extra `test` on x86-64 Linux)")
   try:
-    return compile_for_pod.lower("bert_smoke", "v5e:4x4", mesh, overrides)
+    return pod.lower("bert_smoke", "v5e:4x4", mesh, overrides)
   except config.InputError as error:  # libtpu of another jax, a locked device
     pytest.skip(f"libtpu gives no topology here: {error}")
 
@@ -26,7 +25,7 @@ def step():
 
 @pytest.fixture(scope="module")
 def report(step):
-  return compile_for_pod.report(step)
+  return pod.report(step)
 
 
 def rows(report, kind):
@@ -90,7 +89,7 @@ def test_memory_and_time(step, report):
 
 
 def test_the_words_say_what_matters(report):
-  text = compile_for_pod.words(report)
+  text = pod.words(report)
   for word in ("fits", "dominate", "reduce-scatter", "arguments", "16 chips"):
     assert word in text
 
@@ -98,7 +97,7 @@ def test_the_words_say_what_matters(report):
 def test_fully_sharded_layers_are_gathered_and_activations_stay():
   small = ("model.width=512", "model.mlp_width=1408", "model.head_dim=32")
   step = lower("fsdp=16", "optim.shards=0", *small)
-  report = compile_for_pod.report(step)
+  report = pod.report(step)
   params = step.state.params["layers"]
   size = 2 * sum(x.size for x in jax.tree.leaves(params) if x.ndim == 3)
   inside = [row for row in report["collectives"] if row["in_loop"]]
@@ -116,7 +115,7 @@ def test_a_ring_uses_the_sides_that_its_group_needs():
     one = collectives.Collective(
       "all-gather", "f32", 90e9, 0, group, 1, False, ""
     )
-    return compile_for_pod._network_seconds([one], "v5e:4x8")
+    return pod._network_seconds([one], "v5e:4x8")
 
   # 90 GB, all but the own part of 1/n, over 2 or 4 links of 45 GB/s
   assert seconds(8) == pytest.approx(7 / 8)
