@@ -9,8 +9,9 @@ from giantsteps.experiments.harness import large_batch_speed as speed
 
 class MeasureTest(absltest.TestCase):
   def test_counts_and_names(self):
-    sizes = {"WIDTH": 8, "DEPTH": 2, "VOCABULARY": 16, "POSITIONS": 4}
-    with mock.patch.dict(vars(speed), sizes, COMPILES=2):
+    with mock.patch.multiple(
+      speed, COMPILES=2, WIDTH=8, DEPTH=2, VOCABULARY=16, POSITIONS=4
+    ):
       result = speed.measure(rounds=2)
     # per block 12 matrices' worth of 8 x 8 and two vectors, then 16 + 4 + 1
     self.assertEqual(result["parameters"], 2 * (12 * 64 + 16) + 21 * 8)
