@@ -2,7 +2,7 @@
 
 Two algorithms go by this name. They differ in the norm that divides: that of
 the decayed gradient (optax), or the sum of the norms of gradient and decay
-(the paper's equation 6 and the code for TPUs that MLPerf refers to). In both
+(the paper's algorithm 1 and the code for TPUs). In both
 the rate is inside the buffer, so a falling rate does not shrink steps that the
 momentum still carries.
 """

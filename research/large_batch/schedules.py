@@ -1,8 +1,8 @@
 """Learning rates over the steps of a run, and how they scale with the batch.
 
 Every schedule is a function step -> rate, jit-safe, float32 (float64 for
-float64 steps), clamped outside [0, num_steps]. LAMB's recipes (arXiv:1904.00962,
-tables 1, 4 and 5) are functions of the batch size.
+float64 steps), clamped outside [0, num_steps]. The recipes of LAMB's tables
+(arXiv:1904.00962) are functions of the batch size.
 """
 
 import math
