@@ -121,7 +121,7 @@ def batch(
   batch_size: int,
   seed: int,
   step: int,
-  own: slice = slice(None),
+  own: np.ndarray | slice = slice(None),
 ) -> dict[str, np.ndarray]:
   """Rows step * B to (step + 1) * B of the endless stream of `split`.
 
@@ -132,7 +132,8 @@ def batch(
     batch_size: B; may be larger than the number of rows.
     seed: of the permutations.
     step: 0 is the first batch.
-    own: rows of the batch that this process wants; only they are read.
+    own: indices of the rows of the batch that are wanted, rising; only they
+      are read.
 
   Raises:
     ValueError: if the split is empty.

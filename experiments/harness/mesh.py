@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -53,11 +54,18 @@ def make(
     devices: None is all devices there are.
 
   Raises:
-    InputError: when there are fewer devices.
+    InputError: when there are fewer devices; in a run of several processes,
+      when there are more, since each has to have its part.
   """
   devices = jax.devices() if devices is None else devices
   data, *others = (sizes.get(axis, 1) for axis in AXES)
   count = data * math.prod(others)
+  if jax.process_count() > 1 and count < len(devices):
+    raise config_lib.InputError(
+      f"--mesh is of {count} device(s), the run has {len(devices)} on"
+      f" {jax.process_count()} processes: use all, e.g. --mesh"
+      f" data={len(devices)}"
+    )
   if count > len(devices):
     raise config_lib.InputError(
       f"--mesh needs {count} devices, {len(devices)} {devices[0].platform} "
@@ -121,21 +129,22 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, rows))
 
 
-def own_rows(mesh: Mesh, size: int) -> slice:
-  """The rows of a batch of `size` that lie on this process's devices.
+def own_rows(mesh: Mesh, size: int, process: int | None = None) -> np.ndarray:
+  """Indices, rising, of the rows of a batch of `size` on a process's devices.
 
-  Raises:
-    InputError: if they are not consecutive.
+  On a TPU pod a host has a block of the torus, and so rows that are not
+  neighbours.
+
+  Args:
+    mesh: of all devices.
+    size: rows of the whole batch.
+    process: None is this one.
   """
-  sharding = batch_sharding(mesh)
-  indices = sharding.addressable_devices_indices_map((size,)).values()
-  parts = {index[0].indices(size)[:2] for index in indices if index}
-  ordered = sorted(parts)
-  for (_, end), (start, _) in zip(ordered, ordered[1:], strict=False):
-    if end != start:
-      raise config_lib.InputError(
-        f"--mesh {dict(mesh.shape)}: the rows of process"
-        f" {jax.process_index()} are not consecutive; make data times fsdp a"
-        " multiple of the number of processes"
-      )
-  return slice(ordered[0][0], ordered[-1][1])
+  process = jax.process_index() if process is None else process
+  places = batch_sharding(mesh).devices_indices_map((size,)).items()
+  parts = {
+    index[0].indices(size)[:2]
+    for device, index in places
+    if device.process_index == process and index
+  }
+  return np.concatenate([np.arange(*part) for part in sorted(parts)])

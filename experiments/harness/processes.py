@@ -8,9 +8,12 @@ import json
 import os
 import pathlib
 import platform
+import random
+import socket
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 import jax
@@ -24,6 +27,7 @@ from giantsteps.experiments.harness import config as config_lib
 
 BEAT = 2.0  # seconds between signs of life
 SILENCE = 30.0  # seconds after which a process counts as lost
+PATIENCE = 120.0  # seconds to wait for process 0 at the start
 
 
 def connect(
@@ -42,8 +46,8 @@ def connect(
       Kubernetes (JobSet), Open MPI.
 
   Raises:
-    InputError: some of the three without the others, or out of range; nobody
-      answers.
+    InputError: some of the three without the others, or out of range; process
+      0 does not answer. (If others do not come, JAX aborts process 0.)
   """
   explicit = (coordinator, num_processes, process_id)
   given = [value is not None for value in explicit]
@@ -71,6 +75,8 @@ def connect(
       raise config_lib.InputError(
         f"--coordinator={coordinator} is not HOST:PORT"
       )
+  if coordinator and process_id:
+    _find(coordinator)
   # it would take SIGTERM for itself; `Stop` does what it is for
   jax.config.update("jax_enable_preemption_service", False)
   bind = None  # all interfaces: the others may be on other machines
@@ -80,7 +86,7 @@ def connect(
     jax.distributed.initialize(
       *explicit,
       coordinator_bind_address=bind,
-      initialization_timeout=120,
+      initialization_timeout=int(PATIENCE),
       heartbeat_timeout_seconds=100,  # `Watch` is faster, and says who
       shutdown_timeout_seconds=30,
     )
@@ -98,9 +104,39 @@ def connect(
   )
 
 
+def _find(coordinator: str) -> None:
+  """Waits for process 0; JAX itself would abort without a word to Python."""
+  host, _, port = coordinator.rpartition(":")
+  deadline = time.monotonic() + PATIENCE
+  while True:
+    try:
+      socket.create_connection((host, int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise config_lib.InputError(
+          f"--coordinator={coordinator}: process 0 does not answer"
+          f" ({error.strerror or error}) after {PATIENCE:.0f} s; start it there,"
+          " or correct the address"
+        ) from error
+      time.sleep(0.5)
+
+
 def first() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
+
+
+def agree(value: int, what: str) -> None:
+  """Raises InputError unless `value` is the same on every process.
+
+  Args:
+    value: below 2**31.
+    what: what is wrong if it is not.
+  """
+  values = multihost_utils.process_allgather(np.int32(value))
+  if np.unique(values).size > 1:
+    raise config_lib.InputError(f"{what}: {np.ravel(values).tolist()}")
 
 
 def wait_for_all(name: str) -> None:
@@ -144,21 +180,39 @@ class Watch:
   A device waiting for a lost peer waits forever, or fails with a message
   about sockets. So every process writes a sign of life to the work folder
   every two seconds and reads those of the others; one whose file stays as it
-  is for 30 seconds is named, and this process exits with code 1. It does
-  nothing in a run of one process.
+  is for 30 seconds is named, and this process exits with code 1. One that ends
+  with bad input says so in its file, and the others end with it. The loss of
+  process 0 is JAX's to tell: it aborts the others within seconds, with "leader
+  task was preempted/died". In a run of one process nothing happens.
 
   Args:
     folder: seen by all processes.
+
+  Raises:
+    InputError: the folder cannot be written, or is not the same one on every
+      process.
   """
 
   def __init__(self, folder: pathlib.Path):
     self._folder, self._over = folder / "processes", threading.Event()
     self._thread = threading.Thread(target=self._run, daemon=True)
     self._me, self._count = jax.process_index(), jax.process_count()
-    if self._count > 1:
+    if self._count == 1:
+      return
+    try:
       self._folder.mkdir(parents=True, exist_ok=True)
-      self._write(0)
-      self._thread.start()
+      if first():
+        (self._folder / "run").write_text(str(random.randrange(2**31)))
+      wait_for_all("work folder")
+      self._token = int((self._folder / "run").read_text())
+    except (OSError, ValueError) as error:
+      raise config_lib.InputError(
+        f"--workdir {folder} of process {self._me}: {error}; all processes"
+        " need the same folder"
+      ) from error
+    agree(self._token, f"--workdir {folder} is not one folder for all")
+    self._write(0)
+    self._thread.start()
 
   def __enter__(self) -> "Watch":
     return self
@@ -166,17 +220,22 @@ class Watch:
   def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
     if self._count == 1:
       return
-    if isinstance(error, jax.errors.JaxRuntimeError | ValueError):
+    bad_input = isinstance(error, config_lib.InputError)
+    failed = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    if failed and not bad_input:
       # most likely the peer's end of a socket: find out whose
       logging.error("%s", str(error).splitlines()[0][:300])
       self._over.wait(2 * SILENCE)
     self._over.set()
     self._thread.join()
-    if kind is None:
-      self._write(-1)
-    elif not isinstance(error, config_lib.InputError):
-      logging.error("stopping: %s", error)
-      _leave()  # the usual exit waits for processes that are gone
+    if kind is None or bad_input:
+      self._write(-1, str(error) if bad_input else None)
+    if kind is not None:
+      if bad_input:
+        logging.error("%s", error)
+      else:
+        traceback.print_exception(kind, error, trace)
+      _leave(2 if bad_input else 1)  # others may wait: no farewell
 
   def _run(self) -> None:
     seen: dict[int, tuple[Any, float]] = {}
@@ -191,8 +250,12 @@ class Watch:
         sign = self._read(peer)
         if peer not in seen or seen[peer][0] != sign:
           seen[peer] = sign, now
-        ended = sign is not None and sign["beat"] < 0
-        if not ended and now - seen[peer][1] > SILENCE:
+        if sign and sign["beat"] < 0:
+          if sign["error"]:
+            logging.error("process %d: %s", peer, sign["error"])
+            _leave(2)
+          continue
+        if now - seen[peer][1] > SILENCE:
           who = f"{sign['host']}, pid {sign['pid']}" if sign else "never seen"
           logging.error(
             "process %d of %d (%s) is lost: no sign of life for %.0f s. "
@@ -203,24 +266,30 @@ class Watch:
             who,
             now - seen[peer][1],
           )
-          _leave()
+          _leave(1)
 
-  def _write(self, beat: int) -> None:
-    sign = {"host": platform.node(), "pid": os.getpid(), "beat": beat}
+  def _write(self, beat: int, error: str | None = None) -> None:
+    sign = {"run": self._token, "host": platform.node(), "pid": os.getpid()}
+    sign |= {"beat": beat, "error": error}
     path = self._folder / f"{self._me}.json"
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(sign))
-    partial.rename(path)
+    try:
+      partial.write_text(json.dumps(sign))
+      partial.rename(path)
+    except OSError as failure:  # the next one may succeed
+      logging.warning("no sign of life written: %s", failure)
 
   def _read(self, peer: int) -> dict | None:
+    """What the peer wrote in this run."""
     try:
-      return json.loads((self._folder / f"{peer}.json").read_text())
+      sign = json.loads((self._folder / f"{peer}.json").read_text())
     except (OSError, ValueError):
       return None
+    return sign if sign["run"] == self._token else None
 
 
-def _leave() -> None:
+def _leave(code: int) -> None:
   sys.stdout.flush()
   sys.stderr.flush()
   logging.flush()
-  os._exit(1)
+  os._exit(code)

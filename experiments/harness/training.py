@@ -310,6 +310,12 @@ def train(
   with contextlib.closing(_checkpoints(workdir, cfg)) as checkpoints:
     shapes = state_shapes(cfg, task, tx, placement)
     restored = checkpoints.restore(shapes)
+    if jax.process_count() > 1:
+      processes.agree(
+        -1 if restored is None else restored[0],
+        f"the processes find other checkpoints in --workdir {workdir}, -1 is"
+        " none",
+      )
     if restored is not None:
       state = restored[1]
       logging.info("resuming %s from step %d", workdir, int(state.step))

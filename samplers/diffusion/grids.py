@@ -198,8 +198,10 @@ def flow_time(
     scale: sigma / alpha at which u = 1/2, > 0.
     power: above 1 spends more steps near the data, > 0.
   """
-  if not (scale > 0 and power > 0):
-    raise ValueError(f"scale={scale} and power={power} must be positive")
+  if not (0 < scale < math.inf and 0 < power < math.inf):
+    raise ValueError(
+      f"scale={scale} and power={power} must be positive and finite"
+    )
   start, end = _ends(schedule, num_steps, t_start, t_end)
   alpha, sigma = schedule.alpha_sigma(np.array([start, end]))
   first, last = (sigma / (scale * alpha + sigma)) ** (1 / power)

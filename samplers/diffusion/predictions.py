@@ -84,10 +84,12 @@ def affine(
     data_std: the target is that of x0 / data_std on the path
       (data_std alpha, sigma), through the same x.
   """
+  c0, c1 = combination(source, alpha, sigma, rate)
   if source == target and data_std == 1:
     return 0 * alpha, 0 * alpha + 1
-  c0, c1 = combination(source, alpha, sigma, rate)
   c0, alpha = c0 * data_std, alpha * data_std
+  if rate is not None:
+    rate = rate[0] * data_std, rate[1]
   d0, d1 = combination(target, alpha, sigma, rate)
   determinant = alpha * c1 - sigma * c0
   z = (d0 * c1 - d1 * c0) / determinant

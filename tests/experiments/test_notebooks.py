@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -34,9 +35,11 @@ def test_runs(path, tmp_path):
   run = subprocess.run(
     [sys.executable, str(script)],
     cwd=tmp_path,
+    env=os.environ | {"PIP_NO_INDEX": "1"},
     capture_output=True,
     text=True,
     check=False,
+    timeout=600,
   )
   assert run.returncode == 0, run.stderr[-3000:]
   assert said in run.stdout

@@ -12,7 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from giantsteps.experiments.harness import config, metrics, processes
+from giantsteps.experiments.harness import config, metrics, pod, processes
+from giantsteps.experiments.harness import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = (
@@ -123,18 +124,61 @@ def test_sigterm_to_one_stops_all_at_the_same_step(tmp_path):
     assert f"saved step {saved} of 5000" in text
 
 
-def test_shared_state_is_restored_on_another_number_of_devices(tmp_path):
+def test_shared_state_goes_on_on_another_number_of_devices(tmp_path):
   # parameters and moments in two parts, each written by its own process
-  flags = ("--set=optim.shards=2", "--set=steps=20")
-  finish(start(2, tmp_path, *flags))
-  parts = digests(tmp_path, 20)
-  assert None in parts.values()  # no process has those whole
-  longer = ("--set=optim.shards=2", f"--workdir={tmp_path}")
-  said = finish([call(*longer, "--set=steps=20")])
-  assert "done: step 20" in said[0]
-  straight = tmp_path / "straight"
-  finish([call(*flags, f"--workdir={straight}", "--mesh=data=2", devices=2)])
-  assert losses(tmp_path) == losses(straight)
+  work, straight = tmp_path / "work", tmp_path / "straight"
+  shared = "--set=optim.shards=2"
+  steps = "--set=steps=30"
+  run = start(2, work, shared, steps)
+  wait_for_step(run, work, 10)
+  run[0].send_signal(signal.SIGTERM)
+  finish(run)
+  saved = max(p.name for p in (work / "checkpoints").iterdir() if p.is_dir())
+  assert 10 <= int(saved) < 30
+  assert None in digests(work, int(saved)).values()  # no process has all of it
+  finish([call(shared, steps, f"--workdir={work}")])
+  finish([call(shared, steps, f"--workdir={straight}")])
+  # sums of two devices against those of one: a unit in the last place, and
+  # what 30 steps make of it; parts in a wrong order would be another model
+  for got, want in zip(losses(work), losses(straight), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4)
+
+
+def test_bad_input_ends_all(tmp_path):
+  run = start(2, tmp_path, "--set=batch_size=7")
+  for text in finish(run, 2):
+    assert "batch_size=7" in text
+
+
+def test_a_mesh_that_leaves_a_process_out_is_refused(tmp_path):
+  run = start(2, tmp_path, "--mesh=")
+  for text in finish(run, 2):
+    assert "--mesh is of 1 device(s), the run has 2" in text
+
+
+def test_nobody_there(monkeypatch):
+  monkeypatch.setattr(processes, "PATIENCE", 1.0)
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    port = free.getsockname()[1]
+  with pytest.raises(config.InputError, match="does not answer"):
+    processes.connect(f"127.0.0.1:{port}", 2, 1)
+
+
+@pytest.mark.parametrize("topology", ["v5e:4x4", "v5e:8x8", "v5p:2x2x2"])
+def test_every_host_of_a_pod_knows_its_rows(topology):
+  pytest.importorskip("libtpu", reason="libtpu gives the hosts of a pod")
+  chips = pod.slice_devices(topology)
+  mesh = mesh_lib.make({"data": len(chips)}, chips)
+  sharding = mesh_lib.batch_sharding(mesh)
+  size, rows = 3 * len(chips), {}
+  for device, index in sharding.devices_indices_map((size,)).items():
+    own = rows.setdefault(device.process_index, [])
+    own.extend(range(size)[index[0]])
+  assert len(rows) > 1
+  for host, want in rows.items():
+    got = mesh_lib.own_rows(mesh, size, host)
+    assert got.tolist() == sorted(want)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from giantsteps.experiments.harness import mixtures
 from giantsteps.samplers.diffusion import (
   betas,
   grids,
+  predictions,
   schedules,
   solvers,
   tables,
@@ -114,7 +115,6 @@ class DefaultTest(parameterized.TestCase):
     for leaf in jax.tree.leaves(table):
       self.assertTrue(np.isfinite(leaf).all())
     self.assertEqual(table.time[0], schedule.model_time(schedule.t_max))
-    # a Gaussian of std 1 on the path goes to alpha^2 + sigma^2
     times = grids.flow_time(
       schedule, num_steps=nfe, t_end=t_end, scale=1.4, power=1.5
     )
@@ -126,13 +126,38 @@ class DefaultTest(parameterized.TestCase):
     (dict(nfe=5, data_std=0.0), "scale=0.0"),
     (dict(nfe=5, data_std=-1.0), "-1"),
     (dict(nfe=5, t_end=2.0), "t_end=2.0"),
+    (dict(nfe=5, data_std=np.inf), "finite"),
   )
   def test_bad_settings(self, settings, message):
     with self.assertRaisesRegex(ValueError, message):
       solvers.default(VP, prediction="eps", **settings)
 
+  def test_an_eps_model_starts_below_alpha_0(self):
+    with self.assertRaisesRegex(ValueError, "smaller time"):
+      solvers.default(FLOW, 6, prediction="eps")
+    table = solvers.default(FLOW, 6, prediction="eps", t_start=0.99)
+    self.assertEqual(table.time[0], 0.99)
+
 
 class DataStdTest(parameterized.TestCase):
+  @parameterized.parameters("eps", "x0", "v", "flow", "velocity", "score")
+  def test_affine_is_that_of_the_scaled_data(self, target):
+    # x = alpha x0 + sigma eps = (s alpha) (x0 / s) + sigma eps
+    s, alpha, sigma, rate = 2.5, 0.6, 0.9, (-1.1, 0.7)
+    x0, eps = 0.3, -1.2
+    x = alpha * x0 + sigma * eps
+    c = {
+      "eps": (0.0, 1.0),
+      "x0": (1.0, 0.0),
+      "v": (-sigma, s * alpha),
+      "flow": (-1.0, 1.0),
+      "velocity": (s * rate[0], rate[1]),
+      "score": (0.0, -1 / sigma),
+    }[target]
+    z, out = predictions.affine("flow", target, alpha, sigma, rate, s)
+    got = z * x + out * (eps - x0)
+    np.testing.assert_allclose(got, c[0] * x0 / s + c[1] * eps, rtol=1e-12)
+
   @parameterized.product(gauge=("data", "noise", "flow"), std=(0.3, 1.0, 4.0))
   def test_first_order_is_independent_of_it(self, gauge, std):
     # DDIM; the angle gauge is Euler in phi, which data_std defines
