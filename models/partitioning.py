@@ -5,7 +5,8 @@ rows, too, and every matrix along the side that `model` leaves alone: a layer
 is gathered when it is needed ("fully sharded data parallel", arXiv:2304.11277).
 `model` splits the heads and hidden units of a layer ("tensor parallel",
 arXiv:1909.08053): the matrices into a block by columns, those out of it by
-rows, so that a block sums over the axis twice. On a TPU torus the data axis
+rows, so that a block sums over the axis twice. Experts lie along it whole, each
+on one device. On a TPU torus the data axis
 may lie on several sides and is then several mesh axes, data_0, data_1, ...
 
 The table is for the stacks of transformer.py, lact.py and dit.py; what it does
@@ -29,6 +30,7 @@ _RULES = (
   (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/kernel", ("fsdp", "model")),
   (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/bias", ("model",)),
   (r"layers/(.*/)?(o|attention_out|down)/kernel", ("model", "fsdp")),
+  (r"layers/moe/experts/(gate|up|down)", ("model", "fsdp", None)),  # [E, ., .]
   (r"layers/mixer/w[012](_left|_right)?", ("model", "fsdp", None)),  # [H, ., .]
   (r"(conditioning/.*|out_modulation)/kernel", ("fsdp", None)),
 )
@@ -104,7 +106,7 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   are. Does nothing where no mesh is set (`jax.sharding.use_abstract_mesh`) and
   inside `shard_map`, whose arrays have one place already.
   """
-  mesh = _automatic_mesh()
+  mesh = automatic_mesh()
   if mesh is None:
     return x
   rows = P(batch_axes(mesh), *[None] * (x.ndim - 1))
@@ -121,7 +123,7 @@ def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:
     block: the module that is scanned.
     name: of the stack in the parameters, "layers".
   """
-  mesh = _automatic_mesh()
+  mesh = automatic_mesh()
   if mesh is None or mesh.shape.get("fsdp", 1) == 1:
     return block
 
@@ -137,11 +139,20 @@ def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:
   return nn.map_variables(block, "params", trans_in_fn=gather, init=False)
 
 
-def _automatic_mesh() -> AbstractMesh | None:
+def automatic_mesh() -> AbstractMesh | None:
   """The mesh in use, if the partitioner is to place arrays on it."""
   mesh = jax.sharding.get_abstract_mesh()
   automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
   return mesh if not mesh.empty and automatic else None
+
+
+def mapped_axes() -> tuple[str, ...]:
+  """The axes of the `shard_map` around the caller that split the rows.
+
+  () outside, where arrays hold the rows of all devices.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  return tuple(a for a in batch_axes(mesh) if a in mesh.manual_axes)
 
 
 def _join(path: tuple) -> str:

@@ -3,7 +3,8 @@
 Pre-norm blocks of attention and SwiGLU with RMSNorm, rotary positions and
 grouped queries; causal or bidirectional. What those families differ in (q/k
 norms, q/k/v biases, tied embeddings, stretched rotary wavelengths, shifted
-outputs) is in `Config`. The stack is one scanned block: parameters under
+outputs) is in `Config`, as is a mixture of experts (moe.py) in place of the
+SwiGLU. The stack is one scanned block: parameters under
 "layers" have a leading axis L and compile time does not grow with depth.
 """
 
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.models import layers, partitioning
+from giantsteps.models import layers, moe, partitioning
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -32,7 +33,10 @@ class Config:
     width, depth: D, number of blocks L.
     num_heads, num_kv_heads: query heads, key/value heads (a divisor).
     head_dim: K, even; num_heads * head_dim need not be the width.
-    mlp_width: hidden size of the SwiGLU.
+    mlp_width: hidden size of the SwiGLU, or of each expert.
+    num_experts: SwiGLUs per block among which a router chooses; 0: one, and
+      no router.
+    experts_per_token: how many of them each token uses.
     causal: position i sees positions <= i; otherwise all.
     shifted: the output at i predicts token i+1 although the model is
       bidirectional (Dream); causal models are always shifted.
@@ -58,6 +62,8 @@ class Config:
   num_kv_heads: int = 4
   head_dim: int = 64
   mlp_width: int = 768
+  num_experts: int = 0
+  experts_per_token: int = 2
   causal: bool = True
   shifted: bool = False
   window: int | None = None
@@ -93,6 +99,13 @@ class Config:
       self.window,
       "above 0, or None for all positions",
     )
+    _check(self.num_experts >= 0, "num_experts", self.num_experts, "0 or more")
+    _check(
+      not self.num_experts or 1 <= self.experts_per_token <= self.num_experts,
+      "experts_per_token",
+      self.experts_per_token,
+      f"1 to num_experts={self.num_experts}",
+    )
     _check(self.short_conv >= 0, "short_conv", self.short_conv, "0 or more")
     for name in ("rope_theta", "rope_factor", "eps"):
       _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
@@ -123,14 +136,20 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, tokens: jax.Array, positions: jax.Array | None = None
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    valid: jax.Array | None = None,
   ) -> jax.Array:
     """tokens [B, T] int32, positions [B, T] int -> [B, T, D] in dtype.
 
-    The output at i has seen token i. Positions count from 0 by default.
+    The output at i has seen token i. Positions count from 0 by default. With
+    experts, their `moe.Load`, leaves [L, B, E], is sown as "load" into the
+    collection "intermediates"; tokens where `valid` [B, T] bool is False
+    (padding) are not counted in it. They are seen all the same.
 
     Raises:
-      ValueError: if tokens or positions have another shape.
+      ValueError: if tokens, positions or valid have another shape.
     """
     cfg = self.config
     if tokens.ndim != 2:
@@ -141,6 +160,8 @@ class Transformer(nn.Module):
       raise ValueError(
         f"positions {positions.shape} do not fit tokens {tokens.shape}"
       )
+    if valid is not None and valid.shape != tokens.shape:
+      raise ValueError(f"valid {valid.shape} does not fit tokens {tokens.shape}")
     # In bfloat16 neighbouring positions beyond 256 would be one.
     wide = layers.accumulator(cfg.dtype)
     frequency = jnp.asarray(_frequencies(cfg), wide)
@@ -164,15 +185,17 @@ class Transformer(nn.Module):
       layers.remat(partitioning.gather_layer(Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast,),  # pyright: ignore[reportArgumentType]
+      in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
     )
-    x, _ = stack(cfg, name="layers")(x, angle)
+    x, load = stack(cfg, name="layers")(x, angle, valid)
+    if cfg.num_experts:
+      self.sow("intermediates", "load", load)
     return _norm(cfg, "norm")(x)
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + swiglu(norm(x)).
+  """x + attention(norm(x)), then x + swiglu(norm(x)) or a mixture of them.
 
   Attributes:
     config: shape and variant.
@@ -181,11 +204,17 @@ class Block(nn.Module):
   config: Config
 
   @nn.compact
-  def __call__(self, x: jax.Array, angle: jax.Array) -> tuple[jax.Array, None]:
-    """x [B, T, D], rotary angle [B or 1, T, K/2] -> ([B, T, D], None)."""
+  def __call__(
+    self, x: jax.Array, angle: jax.Array, valid: jax.Array | None = None
+  ) -> tuple[jax.Array, moe.Load | None]:
+    """x [B, T, D], rotary angle [B or 1, T, K/2] -> [B, T, D], load or None."""
     x = partitioning.constrain_rows(x)
     x = x + self._attention(_norm(self.config, "attention_norm")(x), angle)
-    return x + self._mlp(_norm(self.config, "mlp_norm")(x)), None
+    y = _norm(self.config, "mlp_norm")(x)
+    if not self.config.num_experts:
+      return x + self._mlp(y), None
+    y, load = self._experts()(y, valid)
+    return x + y, load
 
   def _attention(self, x: jax.Array, angle: jax.Array) -> jax.Array:
     cfg = self.config
@@ -224,12 +253,22 @@ class Block(nn.Module):
     up = _dense(cfg, cfg.mlp_width, "up")(rows)
     return self._out(nn.silu(gate) * up, "down").reshape(x.shape)
 
-  def _out(self, x: jax.Array, name: str) -> jax.Array:
-    """[N, ...] -> [N, D]. Back to the width; small enough that the sum over blocks is order 1."""
-    init = nn.initializers.variance_scaling(
-      0.5 / self.config.depth, "fan_in", "normal"
+  def _experts(self) -> moe.MixtureOfExperts:
+    cfg = self.config
+    return moe.MixtureOfExperts(
+      num_experts=cfg.num_experts,
+      experts_per_token=cfg.experts_per_token,
+      hidden=cfg.mlp_width,
+      dtype=cfg.dtype,
+      param_dtype=cfg.param_dtype,
+      down_init=_out_init(cfg, batch_axis=0),
+      name="moe",
     )
-    return _dense(self.config, self.config.width, name, kernel_init=init)(x)
+
+  def _out(self, x: jax.Array, name: str) -> jax.Array:
+    """[N, ...] -> [N, D], back to the width."""
+    cfg = self.config
+    return _dense(cfg, cfg.width, name, kernel_init=_out_init(cfg))(x)
 
 
 @functools.partial(
@@ -300,6 +339,37 @@ def logits(config: Config, params: dict, tokens: jax.Array) -> jax.Array:
   return project(hidden, bind(config, params).head)
 
 
+def logits_and_load(
+  config: Config,
+  params: dict,
+  tokens: jax.Array,
+  valid: jax.Array | None = None,
+) -> tuple[jax.Array, moe.Load]:
+  """`logits` and what the experts of each block got.
+
+  Args:
+    config: with num_experts above 0.
+    params: parameters of `Transformer`.
+    tokens: [B, T] int32.
+    valid: [B, T] bool, False for tokens that do not count in the load; None:
+      all count.
+
+  Returns:
+    [B, T, V] float32, and a load with leaves [L, B, E].
+
+  Raises:
+    ValueError: if the config has no experts.
+  """
+  if not config.num_experts:
+    raise ValueError("num_experts=0: a dense block has no load, use logits")
+  hidden, sown = Transformer(config).apply(
+    {"params": params}, tokens, valid=valid, mutable=["intermediates"]
+  )
+  assert isinstance(hidden, jax.Array)
+  [load] = sown["intermediates"]["load"]
+  return project(hidden, bind(config, params).head), load
+
+
 def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
   """hidden [..., D] @ head [D, V], accumulated in float32 or wider."""
   return jnp.matmul(
@@ -333,6 +403,15 @@ def _frequencies(config: Config) -> np.ndarray:
 def _embedding_std(config: Config) -> float:
   """Order 1 alone; as a head it must also give logits of order 1."""
   return 0.5 / math.sqrt(config.width) if config.tie_embeddings else 1.0
+
+
+def _out_init(
+  config: Config, batch_axis: tuple[int, ...] | int = ()
+) -> nn.initializers.Initializer:
+  """Of matrices back to the width: the sum over blocks is order 1."""
+  return nn.initializers.variance_scaling(
+    0.5 / config.depth, "fan_in", "normal", batch_axis=batch_axis
+  )
 
 
 def _norm(config: Config, name: str) -> layers.RMSNorm:

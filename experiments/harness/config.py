@@ -124,6 +124,9 @@ class Config:
     keep: newest checkpoints that stay.
     keep_every: checkpoints of a multiple of this step stay too; 0: none.
     max_skipped: non-finite updates in a row that stop the run.
+    balance_weight: of the load-balancing loss of every layer of a model with
+      experts, f from the rows of all devices in one micro-batch
+      (research/large_batch/load_balance.py); 0: none.
   """
 
   task: Literal["flow", "masked", "autoregressive"]
@@ -143,6 +146,7 @@ class Config:
   keep: int = 2
   keep_every: int = 0
   max_skipped: int = 20
+  balance_weight: float = 0.01
 
 
 def names() -> list[str]:
@@ -293,6 +297,7 @@ _RANGES = {  # low <= value < high
   "optim.eps": (0, _LARGE),
   "optim.weight_decay": (0, _LARGE),
   "optim.clip_norm": (0, _LARGE),
+  "balance_weight": (0, _LARGE),
   "optim.b1": (0, 1),
   "optim.b2": (0, 1),
   "ema_decay": (0, 1),

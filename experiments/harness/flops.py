@@ -31,6 +31,8 @@ def _equation(equation: Any, devices: int) -> float:
     shape = equation.invars[0].aval.shape
     inner = math.prod(shape[i] for i in contracted)
     return 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
+  if name == "ragged_dot_general":  # every row meets the matrix of its group
+    return 2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
   if name == "conv_general_dilated":
     kernel = equation.invars[1].aval.shape
     out_features = params["dimension_numbers"].rhs_spec[0]

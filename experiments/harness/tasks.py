@@ -9,7 +9,7 @@ import optax
 
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import data
-from giantsteps.models import dit, lact, mlp, transformer
+from giantsteps.models import dit, lact, mlp, partitioning, transformer
 from giantsteps.research import flow_maps, large_batch
 from giantsteps.research.diffusion_lm import masked_diffusion
 
@@ -142,15 +142,21 @@ def _rise_and(o: config_lib.Optim, peak: float, steps: int, warmup: int):
 
 
 def _muon_axes(params: Any) -> Any:
-  """(input, output) axes of the stacked matrices [L, in, out], else None."""
+  """(input, output) axes of the stacked matrices, else None.
+
+  They are [L, in, out], or [L, E, in, out] of experts. A router is none: it
+  scores, it does not map hidden states to hidden states.
+  """
 
   def axes(path, leaf):
     *_, above, name = ("", *(getattr(key, "key", "") for key in path))
-    stacked = getattr(path[0], "key", "") == "layers" and leaf.ndim == 3
-    matrix = name == "kernel" and not above.startswith("conv_")
-    return (
-      optax.contrib.MuonDimensionNumbers(1, 2) if stacked and matrix else None
-    )
+    stacked = getattr(path[0], "key", "") == "layers"
+    kernel = name == "kernel" and not above.startswith(("conv_", "router"))
+    if not stacked or leaf.ndim != (3 if kernel else 4):
+      return None
+    if kernel or above == "experts":
+      return optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)
+    return None
 
   return jax.tree_util.tree_map_with_path(axes, params)
 
@@ -223,8 +229,8 @@ def masked(cfg: config_lib.Config) -> Task:
     return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
 
   def loss(params, arrays):
-    logits = module.logits(cfg.model, params, arrays["noisy"])
-    return masked_diffusion.pretrain_loss(
+    logits, balance = _forward(cfg, module, params, arrays["noisy"])
+    return balance + masked_diffusion.pretrain_loss(
       logits, arrays["tokens"], arrays["masked"], arrays["p"]
     )
 
@@ -242,17 +248,22 @@ def autoregressive(cfg: config_lib.Config) -> Task:
   """Next-token prediction; the first token of a row is given."""
   init, module = _language_model(cfg, causal=True)
 
-  def loss(params, arrays):
-    tokens = arrays["tokens"]
-    logits = module.logits(cfg.model, params, tokens)[:, :-1]
+  def cross_entropy(logits, tokens):
     losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, tokens[:, 1:]
+      logits[:, :-1], tokens[:, 1:]
     )
     return jnp.mean(losses)
 
+  def loss(params, arrays):
+    tokens = arrays["tokens"]
+    logits, balance = _forward(cfg, module, params, tokens)
+    return balance + cross_entropy(logits, tokens)
+
   def evaluate(params, batch, key):
     del key  # nothing is random
-    return {"held_out_bits_per_byte": loss(params, batch) / jnp.log(2.0)}
+    tokens = batch["tokens"]
+    nats = cross_entropy(module.logits(cfg.model, params, tokens), tokens)
+    return {"held_out_bits_per_byte": nats / jnp.log(2.0)}
 
   corrupt = lambda batch, key: batch
   return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
@@ -270,6 +281,17 @@ def _language_model(cfg: config_lib.Config, causal: bool):
     module, network = transformer, transformer.Transformer(cfg.model)
   tokens = jnp.zeros((1, cfg.data.seq_len), jnp.int32)
   return lambda key: network.init(key, tokens)["params"], module
+
+
+def _forward(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
+  """Logits, and the weighted load-balancing loss summed over the layers."""
+  if not (getattr(cfg.model, "num_experts", 0) and cfg.balance_weight):
+    return module.logits(cfg.model, params, tokens), 0.0
+  logits, load = module.logits_and_load(cfg.model, params, tokens)
+  losses, _ = large_batch.global_batch_loss(
+    load, cfg.model.experts_per_token, partitioning.mapped_axes()
+  )
+  return logits, cfg.balance_weight * jnp.sum(losses)
 
 
 def _bind(cfg: config_lib.Config, module: Any) -> Callable:

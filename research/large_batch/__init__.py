@@ -1,4 +1,4 @@
-"""Optimizers and schedules for large batches."""
+"""Optimizers, schedules and losses for large batches."""
 
 from giantsteps.research.large_batch import schedules
 from giantsteps.research.large_batch.lamb import (
@@ -11,16 +11,22 @@ from giantsteps.research.large_batch.lamb import (
 )
 from giantsteps.research.large_batch.lars import LarsState, lars
 from giantsteps.research.large_batch.layer_axes import matrices
+from giantsteps.research.large_batch.load_balance import (
+  global_batch_loss,
+  micro_batch_loss,
+)
 
 __all__ = [
   "LambState",
   "LarsState",
+  "global_batch_loss",
   "lamb",
   "lamb_optax",
   "lamb_paper",
   "lamb_tfa",
   "lars",
   "matrices",
+  "micro_batch_loss",
   "nvlamb",
   "schedules",
 ]

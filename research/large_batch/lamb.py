@@ -3,7 +3,8 @@
 The ratio |x| / |u| belongs to a layer, and a scanned or vmapped stack holds L
 layers in one array: one ratio for the stack is another algorithm, in which a
 layer of small norm moves at the pace of the largest (layer_axes.py finds the
-layers). The published implementations differ in what they exclude, clip and
+layers). An expert of a mixture is a layer, too: some take ten times the tokens of
+others. The published implementations differ in what they exclude, clip and
 correct; each is a choice of keywords, four of them have names here.
 
 Leaves alike in shape, type and masks share one jitted function. It is traced
@@ -106,7 +107,7 @@ def lamb(
     phi_clip: (low, high), r = clip(|x|) / |u|, the phi of the paper's theory;
       still 1 where |x| = 0.
     layer_axes: axes that count layers, () for an array that is one layer.
-      None: axis 0 below the key "layers" (0 and 1 below two of them), or
+      None: axis 0 below the key "layers" or "experts" (0 and 1 below two), or
       where flax metadata says "layers". Otherwise a tree of tuples of int: its
       leaves stand for all parameters at or below them, parameters it leaves
       out are one layer each ({} or (): none is stacked); or a function

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 LAYERS = "layers"  # what the models name the stack that nn.scan makes
+EXPERTS = "experts"  # and the matrices of all experts of a block
 
 Tree = Any
 Mask = Tree | Callable[[Tree], Tree] | None
@@ -78,7 +79,7 @@ def _named_axes(params: Tree) -> list[tuple[int, ...]]:
     if is_boxed(leaf) and LAYERS in leaf.names:
       out.append(tuple(i for i, n in enumerate(leaf.names) if n == LAYERS))
       continue
-    above = sum(getattr(key, "key", None) == LAYERS for key in path)
+    above = sum(getattr(key, "key", None) in (LAYERS, EXPERTS) for key in path)
     value = leaf.value if is_boxed(leaf) else leaf
     out.append(tuple(range(min(above, jnp.ndim(value)))))
   return out
