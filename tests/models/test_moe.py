@@ -22,7 +22,7 @@ X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 SMALL = transformer.Config(
   vocab_size=11,
   width=16,
-  depth=3,
+  depth=2,
   num_heads=2,
   num_kv_heads=2,
   head_dim=8,
@@ -68,7 +68,7 @@ def numpy_experts(params, x, k):
   return out, probabilities, chosen
 
 
-@pytest.mark.parametrize("k", [1, 2, 3, E])
+@pytest.mark.parametrize("k", [1, 2, E])
 def test_equals_a_loop_over_tokens(k):
   params = params_of(layer(k), B, T, D)
   out, load = jax.jit(layer(k).apply)({"params": params}, X)
@@ -111,21 +111,22 @@ def test_gradients_equal_those_of_a_sum_over_all_experts():
 def test_no_token_is_dropped_when_all_choose_the_same_experts():
   params = dict(params_of(layer(2), B, T, D))
   params["router"] = {"kernel": jnp.zeros((D, E))}  # ties: experts 0 and 1
-  out, load = layer(2).apply({"params": params}, X)
+  out, load = jax.jit(layer(2).apply)({"params": params}, X)
   np.testing.assert_array_equal(load.counts, [[T, T, 0, 0, 0]] * B)
   exact, *_ = numpy_experts(params, X, 2)
   np.testing.assert_allclose(out, exact, atol=3e-6)
 
 
-@pytest.mark.parametrize("k", [2, 3])
+@pytest.mark.parametrize("k", [2])
 def test_equal_experts_make_the_router_irrelevant(k):
   params = dict(params_of(layer(k), B, T, D))
   params["experts"] = jax.tree.map(
     lambda w: jnp.broadcast_to(w[:1], w.shape), params["experts"]
   )
   other = params | {"router": {"kernel": -3 * params["router"]["kernel"]}}
-  a, load_a = layer(k).apply({"params": params}, X)
-  b, load_b = layer(k).apply({"params": other}, X)
+  apply = jax.jit(layer(k).apply)
+  a, load_a = apply({"params": params}, X)
+  b, load_b = apply({"params": other}, X)
   assert np.any(load_a.counts != load_b.counts)
   np.testing.assert_allclose(a, b, atol=1e-6)  # k gates that sum to 1 +- 2^-23
 
@@ -147,28 +148,26 @@ def test_one_expert_is_the_dense_block():
 def test_the_load_has_a_row_per_layer_and_leaves_padding_out():
   params = params_of(transformer.Transformer(SMALL), *TOKENS.shape)
   forward = jax.jit(transformer.logits_and_load, static_argnums=0)
-  out, load = forward(SMALL, params, TOKENS)
-  np.testing.assert_array_equal(
-    out, jax.jit(transformer.logits, static_argnums=0)(SMALL, params, TOKENS)
-  )
-  assert load.counts.shape == load.probabilities.shape == (3, 2, 4)
+  _, load = forward(SMALL, params, TOKENS, np.ones(TOKENS.shape, bool))
+  assert load.counts.shape == load.probabilities.shape == (2, 2, 4)
   np.testing.assert_array_equal(np.sum(load.counts, -1), 2 * TOKENS.shape[1])
   valid = np.arange(12)[None] < np.array([[5], [12]])
   _, some = forward(SMALL, params, TOKENS, valid)
-  np.testing.assert_array_equal(np.sum(some.counts, -1), [[10, 24]] * 3)
+  np.testing.assert_array_equal(np.sum(some.counts, -1), [[10, 24]] * 2)
   np.testing.assert_allclose(
-    np.sum(some.probabilities, -1), [[5, 12]] * 3, rtol=1e-6
+    np.sum(some.probabilities, -1), [[5, 12]] * 2, rtol=1e-6
   )
-  # causal: five tokens alone load the experts as five tokens of twelve
-  _, alone = forward(SMALL, params, TOKENS[:1, :5])
-  np.testing.assert_array_equal(some.counts[:, :1], alone.counts)
+  # causal: what comes after the five tokens of a row changes nothing
+  other = np.where(valid, TOKENS, 0)
+  _, same = forward(SMALL, params, other, valid)
+  np.testing.assert_array_equal(some.counts, same.counts)
 
 
 def test_bfloat16_routes_in_float32():
   module = layer(2, dtype="bfloat16")
   params = params_of(module, B, T, D)
   x = jnp.asarray(X, jnp.bfloat16)
-  out, load = module.apply({"params": params}, x)
+  out, load = jax.jit(module.apply)({"params": params}, x)
   assert out.dtype == jnp.bfloat16
   assert load.probabilities.dtype == jnp.float32
   exact, probabilities, _ = numpy_experts(params, np.asarray(x, np.float32), 2)
