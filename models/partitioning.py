@@ -152,7 +152,8 @@ def mapped_axes() -> tuple[str, ...]:
   () outside, where arrays hold the rows of all devices.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  return tuple(a for a in batch_axes(mesh) if a in mesh.manual_axes)
+  split = lambda axis: axis in mesh.manual_axes and mesh.shape[axis] > 1
+  return tuple(axis for axis in batch_axes(mesh) if split(axis))
 
 
 def _join(path: tuple) -> str:

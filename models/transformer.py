@@ -11,6 +11,7 @@ SwiGLU. The stack is one scanned block: parameters under
 import dataclasses
 import functools
 import math
+import typing
 
 import flax.linen as nn
 import jax
@@ -161,7 +162,9 @@ class Transformer(nn.Module):
         f"positions {positions.shape} do not fit tokens {tokens.shape}"
       )
     if valid is not None and valid.shape != tokens.shape:
-      raise ValueError(f"valid {valid.shape} does not fit tokens {tokens.shape}")
+      raise ValueError(
+        f"valid {valid.shape} does not fit tokens {tokens.shape}"
+      )
     # In bfloat16 neighbouring positions beyond 256 would be one.
     wide = layers.accumulator(cfg.dtype)
     frequency = jnp.asarray(_frequencies(cfg), wide)
@@ -366,7 +369,7 @@ def logits_and_load(
     {"params": params}, tokens, valid=valid, mutable=["intermediates"]
   )
   assert isinstance(hidden, jax.Array)
-  [load] = sown["intermediates"]["load"]
+  (load,) = typing.cast(dict, sown)["intermediates"]["load"]
   return project(hidden, bind(config, params).head), load
 
 

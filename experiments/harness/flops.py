@@ -32,7 +32,9 @@ def _equation(equation: Any, devices: int) -> float:
     inner = math.prod(shape[i] for i in contracted)
     return 2.0 * inner * math.prod(equation.outvars[0].aval.shape)
   if name == "ragged_dot_general":  # every row meets the matrix of its group
-    return 2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
+    return (
+      2.0 * equation.invars[0].aval.size * equation.outvars[0].aval.shape[-1]
+    )
   if name == "conv_general_dilated":
     kernel = equation.invars[1].aval.shape
     out_features = params["dimension_numbers"].rhs_spec[0]

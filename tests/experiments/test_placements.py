@@ -34,6 +34,8 @@ RUNS = {  # name -> model, mesh, optim.shards, accumulate
   "transformer zero": ("transformer", {"data": 8}, 8, 2),
   "transformer fsdp": ("transformer", FSDP, 0, 1),
   "transformer tensor": ("transformer", TENSOR, 0, 1),
+  "experts one": ("experts", {}, 0, 1),
+  "experts all": ("experts", ALL, 0, 1),
 }
 SLOW_RUNS = {
   "transformer one": ("transformer", {}, 0, 1),
@@ -45,6 +47,9 @@ SLOW_RUNS = {
   "dit one": ("dit", {}, 0, 1),
   "dit zero": ("dit", {"data": 8}, 8, 1),
   "dit all": ("dit", ALL, 0, 1),
+  "experts one": ("experts", {}, 0, 1),
+  "experts data": ("experts", {"data": 8}, 0, 1),
+  "experts zero": ("experts", {"data": 8}, 8, 1),
 }
 DIGITS = {"kind": "image", "shape": [8, 8, 1], "std": 0.75, "num_classes": 10}
 MODELS = {
@@ -73,6 +78,8 @@ MODELS = {
   ),
   "dit": dit.Config(patch=2, width=64, depth=2, heads=2, num_classes=10),
 }
+
+MODELS["experts"] = dataclasses.replace(MODELS["transformer"], num_experts=4)
 
 
 def make_config(

@@ -91,14 +91,18 @@ def on_eight_devices():
     "global": lambda load: large_batch.global_batch_loss(load, K, axes)[0],
     "micro": lambda load: large_batch.micro_batch_loss(load, K),
   }
-  gradient = lambda form: jax.value_and_grad(functools.partial(stack_loss, form))
+  gradient = lambda form: jax.value_and_grad(
+    functools.partial(stack_loss, form)
+  )
 
   def sharded(form):
     def on_one(params, tokens, valid):
       params = jax.tree.map(
         lambda x: jax.lax.pcast(x, axes, to="varying"), params
       )
-      return jax.tree.map(lambda x: x[None], gradient(form)(params, tokens, valid))
+      return jax.tree.map(
+        lambda x: x[None], gradient(form)(params, tokens, valid)
+      )
 
     rows = P(axes)
     each = jax.shard_map(
@@ -136,7 +140,7 @@ def on_eight_devices():
   for name, program in programs.items():
     out[f"{name}/psums"] = [
       lowered[name].as_text().count("all_reduce"),
-      program.as_text().count(" all-reduce("),
+      str(program.as_text()).count(" all-reduce("),
     ]
   print(json.dumps(out))
 
