@@ -233,6 +233,8 @@ class Watch:
     if kind is not None:
       if bad_input:
         logging.error("%s", error)
+        if self._me == 0:  # JAX aborts the others when it goes: let them read
+          time.sleep(3 * BEAT)
       else:
         traceback.print_exception(kind, error, trace)
       _leave(2 if bad_input else 1)  # others may wait: no farewell
