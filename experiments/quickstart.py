@@ -46,7 +46,7 @@ _WORKDIR = flags.DEFINE_string(
   "workdir", "runs/quickstart", "Folder for the report and the checkpoints."
 )
 
-WINDOWS = 48  # held-out texts that are decoded
+WINDOWS = 32  # held-out texts that are decoded
 THRESHOLDS = (0.5, 0.7, 0.9, 0.99)
 SHOWN = 0.5  # threshold of the texts in the report
 GAP = 32  # bytes
