@@ -2,38 +2,24 @@
 LAMB recipe of arXiv:1904.00962, the update shared by up to 64 chips. Nobody
 has trained it here; it is compiled for the pod by compile_for_pod."""
 
+import dataclasses
+
+from giantsteps.experiments.configs import bert_large
 from giantsteps.experiments.harness import config
-from giantsteps.models import transformer
 
 
 def get_config() -> config.Config:
   """12 bidirectional blocks of width 768, 2048 rows of 512 tokens."""
-  return config.Config(
-    task="masked",
-    model=transformer.Config(
-      vocab_size=30_720,
+  cfg = bert_large.get_config()
+  return dataclasses.replace(
+    cfg,
+    model=dataclasses.replace(
+      cfg.model,
       width=768,
       depth=12,
       num_heads=12,
       num_kv_heads=12,
-      head_dim=64,
       mlp_width=2_048,
-      causal=False,
-      tie_embeddings=True,
-      remat="full",
-      dtype="bfloat16",
     ),
-    data=config.Data(source="stdlib", seq_len=512),
-    optim=config.Optim(
-      name="lamb",
-      learning_rate=1.25e-3,
-      schedule="linear",
-      warmup=3_125,
-      weight_decay=0.01,
-      shards=64,
-    ),
-    steps=250_000,
-    batch_size=2_048,
-    ema_decay=0.0,
-    checkpoint_every=1_000,
+    optim=dataclasses.replace(cfg.optim, shards=64),
   )
