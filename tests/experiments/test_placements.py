@@ -1,11 +1,6 @@
 """One config on one device and on eight, placed in every way: same losses."""
 
 import dataclasses
-import json
-import os
-import pathlib
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -17,15 +12,6 @@ from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
 from giantsteps.models import dit, lact, transformer
 
-ROOT = pathlib.Path(__file__).parents[2]
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-import conftest
-sys.path.insert(0, {root!r} + "/tests/experiments")
-import test_placements
-test_placements.on_eight_devices(test_placements.{runs})
-"""
 STEPS = 3
 FSDP, TENSOR = {"data": 2, "fsdp": 4}, {"data": 4, "model": 2}
 ALL = {"data": 2, "fsdp": 2, "model": 2}
@@ -124,22 +110,8 @@ def build(cfg):
   return tasks.build(cfg, DIGITS if cfg.task == "flow" else {"kind": "tokens"})
 
 
-def on_eight_devices(runs):
-  """In the child process: the losses of every run, as JSON."""
-  print(json.dumps({name: losses(*how) for name, how in runs.items()}))
-
-
-def child(runs: str) -> dict[str, list[float]]:
-  flags = "--xla_force_host_platform_device_count=8"
-  done = subprocess.run(
-    [sys.executable, "-c", SCRIPT.format(root=str(ROOT), runs=runs)],
-    capture_output=True,
-    text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+def all_losses(runs):
+  return {name: losses(*how) for name, how in runs.items()}
 
 
 def check(found: dict[str, list[float]]) -> None:
@@ -150,13 +122,13 @@ def check(found: dict[str, list[float]]) -> None:
     assert len(set(one)) == STEPS  # the parameters did move
 
 
-def test_eight_devices_have_the_losses_of_one():
-  check(child("RUNS"))
+def test_eight_devices_have_the_losses_of_one(on_devices):
+  check(on_devices(8, __file__, "all_losses(test.RUNS)"))
 
 
 @pytest.mark.slow
-def test_every_stack_has_the_losses_of_one_device():
-  check(child("SLOW_RUNS"))
+def test_every_stack_has_the_losses_of_one_device(on_devices):
+  check(on_devices(8, __file__, "all_losses(test.SLOW_RUNS)"))
 
 
 def test_a_batch_that_does_not_divide_is_refused():

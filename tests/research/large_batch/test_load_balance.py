@@ -5,11 +5,7 @@ themselves on eight devices and on one."""
 # pyright: reportArgumentType=false
 
 import functools
-import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -44,14 +40,6 @@ BATCHES = {
   "full": np.ones((2 * DEVICES, 12), bool),
   "padded": np.arange(12)[None] < LENGTHS,
 }
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-import conftest
-sys.path.insert(0, {root!r} + "/tests/research/large_batch")
-import test_load_balance
-test_load_balance.on_eight_devices()
-"""
 
 
 @jax.jit
@@ -142,21 +130,12 @@ def on_eight_devices():
       lowered[name].as_text().count("all_reduce"),
       str(program.as_text()).count(" all-reduce("),
     ]
-  print(json.dumps(out))
+  return out
 
 
 @pytest.fixture(scope="module")
-def results():
-  flags = f"--xla_force_host_platform_device_count={DEVICES}"
-  done = subprocess.run(
-    [sys.executable, "-c", SCRIPT.format(root=str(ROOT))],
-    capture_output=True,
-    text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+def results(on_devices):
+  return on_devices(DEVICES, __file__, "on_eight_devices()")
 
 
 @pytest.mark.parametrize("batch", list(BATCHES))

@@ -1,12 +1,6 @@
 """The sharded update against float64 LAMB written out in NumPy, on 1 to 8
 devices, and its reductions counted in the compiled program."""
 
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +8,6 @@ import pytest
 
 from giantsteps.research.large_batch import sharded_update
 
-ROOT = pathlib.Path(__file__).parents[3]
 SHARDS = 8
 STEPS, ROWS, RATE, DECAY = 4, 16, 0.01, 0.1
 
@@ -25,15 +18,6 @@ SHAPES = {
   "embed": (128, 72),
   "small": (8, 4),
 }
-
-SCRIPT = """
-import sys
-sys.path.insert(0, {root!r})
-import conftest
-sys.path.insert(0, {root!r} + "/tests/research/large_batch")
-import test_sharded_update
-test_sharded_update.on_eight_devices()
-"""
 
 
 def values():
@@ -85,7 +69,7 @@ def numpy_lamb():
 
 
 def on_eight_devices():
-  """In the child process: prints, per mesh, the distance to `numpy_lamb` and
+  """In the child process: per mesh, the distance to `numpy_lamb` and
   to the unsharded transform, and the reductions in the program."""
   from jax.sharding import AxisType, Mesh, NamedSharding
 
@@ -158,21 +142,12 @@ def on_eight_devices():
         text.count(" reduce-scatter("),
         text.count(" all-reduce("),
       ]
-  print(json.dumps(results))
+  return results
 
 
 @pytest.fixture(scope="module")
-def results():
-  flags = f"--xla_force_host_platform_device_count={SHARDS}"
-  done = subprocess.run(
-    [sys.executable, "-c", SCRIPT.format(root=str(ROOT))],
-    capture_output=True,
-    text=True,
-    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-    check=False,
-  )
-  assert done.returncode == 0, done.stderr[-3000:]
-  return json.loads(done.stdout.splitlines()[-1])
+def results(on_devices):
+  return on_devices(SHARDS, __file__, "on_eight_devices()")
 
 
 @pytest.mark.parametrize(
