@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas.precision import accumulator
+
 REMAT_POLICIES = ("none", "dots", "full")
 
 
@@ -44,11 +46,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
   return wide.astype(x.dtype) * jax.lax.expand_dims(
     scale.astype(x.dtype), range(x.ndim - 1)
   )
-
-
-def accumulator(dtype: jnp.dtype | str) -> np.dtype:
-  """float32, or `dtype` where that is wider: for sums, norms and angles."""
-  return np.promote_types(dtype, np.float32)
 
 
 def rotary(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
