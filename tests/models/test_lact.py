@@ -331,7 +331,7 @@ class GradientTest(absltest.TestCase):
         out = jnp.einsum("ndh,nch->ncd", w1, jax.nn.silu(gate) * up)
         return -jnp.sum(eta * out * v)
 
-      got = quick_jit(lact.gradient)(x["weights"], k, v, rates)
+      got = quick_jit(fast_weight.gradient)(x["weights"], k, v, rates)
       for i in range(3):
         want = quick_jit(jax.grad(loss))(x["weights"], rates[i])[i]
         assert_close(got[i], -want)
@@ -339,7 +339,9 @@ class GradientTest(absltest.TestCase):
   def test_zero_values_write_nothing(self):
     x = random_problem(1, dtype="float32")
     zero = jnp.zeros_like(x["v"])
-    for d in fast_weight.gradient(x["weights"], x["k"], zero, x["learning_rates"]):
+    for d in fast_weight.gradient(
+      x["weights"], x["k"], zero, x["learning_rates"]
+    ):
       np.testing.assert_array_equal(d, 0)
 
 
