@@ -49,16 +49,18 @@ class Optim:
   """The optimizer and its schedule.
 
   Attributes:
-    name: which transform.
+    name: which transform; nesterov is SGD with Nesterov's momentum.
     learning_rate: peak of the schedule.
     adam_learning_rate: muon only, the peak for everything that is no matrix
       of the stack; 0: learning_rate.
     schedule: its shape after the warmup, from the peak to end_factor * peak.
     warmup: steps of linear rise from 0.
     end_factor: last rate / peak.
-    b1, b2: decay of the moments.
+    b1, b2: decay of the moments; lars and nesterov: b1 is the momentum.
     eps: added to the root of the second moment.
-    weight_decay: decoupled, per step and unit of rate.
+    weight_decay: decoupled, per step and unit of rate; lars and nesterov: added
+      to the gradient.
+    trust_coefficient: lars only, |step| / |x| of a layer at rate 1.
     clip_norm: largest global norm of the gradient; 0 does not clip.
     shards: parts in which parameters and moments, float32, are held along the
       data axis, which must divide it (research/large_batch/
@@ -67,7 +69,7 @@ class Optim:
     reduce_dtype: with shards, in which gradients are added across devices.
   """
 
-  name: Literal["lamb", "adamw", "muon"] = "lamb"
+  name: Literal["lamb", "lars", "adamw", "nesterov", "muon"] = "lamb"
   learning_rate: float = 1e-2
   adam_learning_rate: float = 0.0
   schedule: Literal["constant", "cosine", "linear"] = "cosine"
@@ -77,6 +79,7 @@ class Optim:
   b2: float = 0.999
   eps: float = 1e-6
   weight_decay: float = 0.01
+  trust_coefficient: float = 0.001
   clip_norm: float = 1.0
   shards: int = 0
   reduce_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -296,6 +299,7 @@ _RANGES = {  # low <= value < high
   "optim.learning_rate": (0, _LARGE),
   "optim.eps": (0, _LARGE),
   "optim.weight_decay": (0, _LARGE),
+  "optim.trust_coefficient": (0, _LARGE),
   "optim.clip_norm": (0, _LARGE),
   "balance_weight": (0, _LARGE),
   "optim.b1": (0, 1),

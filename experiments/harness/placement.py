@@ -97,7 +97,7 @@ def _shared(cfg, task, mesh):
   if cfg.optim.name == "muon":
     raise config_lib.InputError(
       f"optim.shards={shards} with optim.name='muon': Muon needs whole "
-      "matrices; lamb and adamw do not"
+      "matrices; the others do not"
     )
   axes = partitioning.data_axes(mesh)
   layout = sharded_update.layouts(

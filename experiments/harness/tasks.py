@@ -102,6 +102,18 @@ def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
         weight_decay=o.weight_decay,
         mask=large_batch.matrices,
       )
+    case "lars":
+      return large_batch.lars(
+        rate,
+        momentum=o.b1,
+        trust_coefficient=o.trust_coefficient,
+        weight_decay=o.weight_decay,
+        trust_mask=large_batch.matrices,
+        decay_mask=large_batch.matrices,
+      )
+    case "nesterov":
+      decay = optax.add_decayed_weights(o.weight_decay, large_batch.matrices)
+      return optax.chain(decay, optax.sgd(rate, o.b1, nesterov=True))
     case _:  # Muon for the matrices of the stack, AdamW for everything else
       return optax.contrib.muon(
         rate,

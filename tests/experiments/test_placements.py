@@ -15,13 +15,15 @@ from giantsteps.models import dit, lact, transformer
 STEPS = 3
 FSDP, TENSOR = {"data": 2, "fsdp": 4}, {"data": 4, "model": 2}
 ALL = {"data": 2, "fsdp": 2, "model": 2}
-RUNS = {  # name -> model, mesh, optim.shards, accumulate
+RUNS = {  # name -> model, mesh, optim.shards, accumulate (, optim.name)
   "transformer one": ("transformer", {}, 0, 1),
   "transformer zero": ("transformer", {"data": 8}, 8, 2),
   "transformer fsdp": ("transformer", FSDP, 0, 1),
   "transformer tensor": ("transformer", TENSOR, 0, 1),
   "experts one": ("experts", {}, 0, 1),
   "experts all": ("experts", ALL, 0, 1),
+  "lars one": ("transformer", {}, 0, 1, "lars"),
+  "lars zero": ("transformer", {"data": 8}, 8, 1, "lars"),
 }
 SLOW_RUNS = {
   "transformer one": ("transformer", {}, 0, 1),
@@ -69,20 +71,23 @@ MODELS["experts"] = dataclasses.replace(MODELS["transformer"], num_experts=4)
 
 
 def make_config(
-  model: str = "transformer", shards: int = 0, accumulate: int = 1
+  model: str = "transformer",
+  shards: int = 0,
+  accumulate: int = 1,
+  optimizer: str = "lamb",
 ) -> config.Config:
   return config.Config(
     task="flow" if model == "dit" else "masked",
     model=MODELS[model],
     data=config.Data(source="stdlib", seq_len=16),
-    optim=config.Optim(shards=shards),
+    optim=config.Optim(optimizer, trust_coefficient=0.1, shards=shards),
     batch_size=16,
     accumulate=accumulate,
   )
 
 
-def losses(model, sizes, shards, accumulate) -> list[float]:
-  cfg = make_config(model, shards, accumulate)
+def losses(model, sizes, shards, accumulate, *optimizer) -> list[float]:
+  cfg = make_config(model, shards, accumulate, *optimizer)
   mesh, tx = mesh_lib.make(sizes), tasks.optimizer(cfg)
   task = build(cfg)
   placement = placement_lib.make(cfg, task, mesh)

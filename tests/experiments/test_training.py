@@ -159,3 +159,44 @@ def test_a_run_that_only_skips_stops_with_finite_parameters(tmp_path):
   state = training.restore(tmp_path, cfg, task, mesh_lib.make({}))
   for leaf in jax.tree.leaves(state.params):
     assert np.isfinite(leaf).all()
+
+
+def two_steps(name, x, g):
+  """x and its two steps with weight decay .1, rate .5, momentum .8."""
+  cfg = dataclasses.replace(
+    BASE,
+    optim=config.Optim(
+      name,
+      learning_rate=0.5,
+      schedule="constant",
+      b1=0.8,
+      weight_decay=0.1,
+      trust_coefficient=0.01,
+    ),
+  )
+  tx = tasks.optimizer(cfg)
+  state, found = tx.init(x), [x]
+  for _ in range(2):
+    updates, state = tx.update(g, state, found[-1])
+    found.append(optax.apply_updates(found[-1], updates))
+  return [jax.tree.map(np.asarray, tree) for tree in found]
+
+
+def test_nesterov_is_sutskevers_form_without_decay_of_vectors():
+  x = {"w": np.full((2, 3), 2.0, np.float32), "b": np.ones(3, np.float32)}
+  g = jax.tree.map(lambda a: 0.3 * a, x)
+  found = two_steps("nesterov", jax.tree.map(jnp.asarray, x), g)
+  for name, decay in (("w", 0.1), ("b", 0.0)):
+    want, buffer = x[name], 0.0
+    for step in found[1:]:
+      u = g[name] + decay * want
+      buffer = 0.8 * buffer + u
+      want = want - 0.5 * (u + 0.8 * buffer)
+      np.testing.assert_allclose(step[name], want, rtol=1e-6)
+
+
+def test_lars_moves_a_matrix_by_rate_times_coefficient_times_its_length():
+  x = {"w": jnp.full((2, 3), 2.0)}
+  before, after, _ = two_steps("lars", x, {"w": jnp.ones((2, 3))})
+  moved = np.linalg.norm(after["w"] - before["w"])
+  np.testing.assert_allclose(moved, 0.5 * 0.01 * np.sqrt(24), rtol=1e-5)
