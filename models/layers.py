@@ -125,8 +125,20 @@ def attention(
     window: query i sees keys |i - j| < window; None is unlimited.
 
   Returns:
-    [B, T, H, K] in q.dtype. Costs 4 B T S H K FLOPs; forms [B, H, T, S].
+    [B, T, H, K] in q.dtype. Forms scores [B, H, T, S] in 4 B T S H K FLOPs;
+    with a window below T / 3 only those within reach, S = 2 or 3 windows.
   """
+  length, num_keys = q.shape[1], k.shape[1]
+  if window is not None and length == num_keys and length > 3 * window:
+    return _windowed(q, k, v, causal, window)
+  query, key = jnp.arange(length), jnp.arange(num_keys)
+  return _attend(q, k, v, _visible(query, key, causal, window)[None])
+
+
+def _attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
+) -> jax.Array:
+  """`attention` under a mask [B or 1, T, S], True where a key is seen."""
   _, length, heads, _ = q.shape
   groups = k.shape[2]
   # Queries of a group are rows of one matrix and every product has exactly
@@ -136,21 +148,46 @@ def attention(
   wide = accumulator(q.dtype)
   scores = jnp.einsum("bgtk,bgsk->bgts", q, k, preferred_element_type=wide)
   scores = scores * (q.shape[-1] ** -0.5)
-  if causal or window is not None:
-    query = jnp.arange(scores.shape[2]) % length
-    visible = _visible(query, k.shape[2], causal, window)
-    scores = jnp.where(visible[None, None], scores, jnp.finfo(wide).min)
+  visible = jnp.tile(visible, (1, heads // groups, 1))[:, None]
+  scores = jnp.where(visible, scores, jnp.finfo(wide).min)
   weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
   out = jnp.einsum("bgts,bgsk->bgtk", weights, v)
   out = out.reshape(out.shape[0], heads, length, -1)
   return jnp.moveaxis(out, 2, 1)
 
 
-def _visible(
-  query: jax.Array, num_keys: int, causal: bool, window: int | None
+def _windowed(
+  q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int
 ) -> jax.Array:
-  """Positions [N] of the queries -> bool [N, S], True where j is seen."""
-  distance = query[:, None] - jnp.arange(num_keys)[None]
+  """`attention` where each block of `window` queries meets its neighbours."""
+  rows, length = q.shape[:2]
+  count = -(-length // window)
+
+  def blocks(x):  # [B, T, ...] -> [B, count, window, ...]
+    pad = ((0, 0), (0, count * window - length), (0, 0), (0, 0))
+    return jnp.pad(x, pad).reshape(rows, count, window, *x.shape[2:])
+
+  def reach(x):  # the block before, itself and, unless causal, the one after
+    x = blocks(x)
+    around = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
+    near = [around[:, i : i + count] for i in range(2 if causal else 3)]
+    return jnp.concatenate(near, 2).reshape(rows * count, -1, *x.shape[3:])
+
+  start = window * jnp.arange(count)[:, None]
+  query = start + jnp.arange(window)[None]
+  key = start + jnp.arange(-window, window if causal else 2 * window)[None]
+  visible = jax.vmap(lambda i, j: _visible(i, j, causal, window))(query, key)
+  visible &= ((key >= 0) & (key < length))[:, None]
+  merged = blocks(q).reshape(rows * count, window, *q.shape[2:])
+  out = _attend(merged, reach(k), reach(v), jnp.tile(visible, (rows, 1, 1)))
+  return out.reshape(rows, count * window, *out.shape[2:])[:, :length]
+
+
+def _visible(
+  query: jax.Array, key: jax.Array, causal: bool, window: int | None
+) -> jax.Array:
+  """Positions [T] of queries and [S] of keys -> bool [T, S]."""
+  distance = query[:, None] - key[None]
   visible = jnp.ones(distance.shape, bool)
   if causal:
     visible &= distance >= 0

@@ -4,6 +4,8 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,18 +111,29 @@ class RotaryTest(parameterized.TestCase):
 
 
 class AttentionTest(parameterized.TestCase):
-  @parameterized.product(causal=(True, False), window=(None, 1, 3, 100))
-  def test_equals_numpy(self, causal, window):
+  @parameterized.product(
+    causal=(True, False), window=(None, 1, 3, 4, 100), length=(9, 13, 16)
+  )
+  def test_equals_numpy(self, causal, window, length):
     rng = np.random.default_rng(0)
-    q = rng.normal(size=(2, 9, 4, 8)).astype(np.float32)
-    k, v = rng.normal(size=(2, 2, 9, 2, 8)).astype(np.float32)
-    distance = np.arange(9)[:, None] - np.arange(9)
-    visible = np.abs(distance) < (window or 9)
+    q = rng.normal(size=(2, length, 4, 8)).astype(np.float32)
+    k, v = rng.normal(size=(2, 2, length, 2, 8)).astype(np.float32)
+    distance = np.arange(length)[:, None] - np.arange(length)
+    visible = np.abs(distance) < (window or length)
     if causal:
       visible &= distance >= 0
     out = layers.attention(q, k, v, causal=causal, window=window)
     expected = softmax_attention(q, k, v, visible)
     np.testing.assert_allclose(out, expected, atol=2e-6)
+
+  @parameterized.parameters(True, False)
+  def test_window_costs_what_it_sees(self, causal):
+    shape = jax.ShapeDtypeStruct((1, 1_024, 2, 16), np.float32)
+    attend = functools.partial(layers.attention, causal=causal, window=64)
+    program = jax.jit(attend).lower(shape, shape, shape).compile()
+    scores = 1_024 * (2 if causal else 3) * 64
+    flops = program.cost_analysis()["flops"]
+    self.assertLess(flops, 1.2 * scores * 2 * (4 * 16 + 6))
 
 
 class ShortConvTest(parameterized.TestCase):
