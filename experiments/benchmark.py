@@ -2,6 +2,8 @@
 
   python -m giantsteps.experiments.benchmark --suite samplers
   python -m giantsteps.experiments.benchmark --suite large_batch
+  python -m giantsteps.experiments.benchmark --suite recall --seeds 3
+  python -m giantsteps.experiments.benchmark --suite long_text --seeds 3
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
   python -m giantsteps.experiments.benchmark --suite text --workdir runs/code
 
@@ -10,13 +12,17 @@ Gaussians, for our default and for every public solver; microseconds per step
 when the model is free; both beside diffusers where it is installed, else beside
 its recorded figures (experiments/results/samplers.json). large_batch: one
 update of LAMB against optax.lamb (time, compile time, bytes), and the
-collectives of a training step compiled for sixteen TPU chips. digits: Frechet
+collectives of a training step compiled for sixteen TPU chips. recall: trains
+LaCT with each inner optimizer to remember pairs, loss by position beside that
+of a perfect memory. long_text: trains LaCT, window attention and full attention
+of equal cost on source code, loss by position. digits: Frechet
 distance against the held-out half with floor and control, and distance to the
 500-step solution, for every solver at 3 to 50 calls, over three noises; and
 the solvers' ranking by their distance to the exact samples. text: bits per byte against byte n-grams with the same training
 bytes; for masked models also what is lost by committing several bytes per
 forward pass. The result goes to benchmark_<suite>.json in the work folder
-(runs/benchmark for samplers and large_batch).
+(runs/benchmark_<suite> for recall and long_text, which train and go on where
+they stopped; runs/benchmark for samplers and large_batch).
 """
 
 import json
@@ -33,6 +39,7 @@ from giantsteps.experiments.harness import (
   diffusers_peers,
   digits_quality,
   large_batch_speed,
+  memory_studies,
   metrics,
   ngrams,
   plots,
@@ -46,26 +53,33 @@ from giantsteps.experiments.harness import (
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
+from giantsteps.research.test_time_training import associative_recall
 
 RECORDED = pathlib.Path(__file__).parent / "results" / "samplers.json"
 _SUITE = flags.DEFINE_enum(
   "suite",
   None,
-  ["samplers", "large_batch", "digits", "text"],
+  ["samplers", "large_batch", "recall", "long_text", "digits", "text"],
   "What is measured.",
   required=True,
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Folder of a training run; samplers and large_batch: where results go "
-  "(runs/benchmark).",
+  "Folder of a training run; the suites that need none: where results go "
+  "(runs/benchmark; recall, long_text: runs/benchmark_<suite>).",
 )
 _ROUNDS = flags.DEFINE_integer(
   "rounds",
   None,
   "Of the timings; samplers: 9, 0 for none; large_batch: 30.",
   lower_bound=0,
+)
+_SEEDS = flags.DEFINE_integer(
+  "seeds", 3, "recall, long_text: trainings of each model.", lower_bound=1
+)
+_SET = flags.DEFINE_multi_string(
+  "set", [], "recall, long_text: override a field of the config."
 )
 _WINDOWS = flags.DEFINE_integer(
   "windows", 208, "text: held-out windows that are decoded.", lower_bound=2
@@ -82,6 +96,10 @@ def main() -> int:
     workdir = pathlib.Path(_WORKDIR.value or "runs/benchmark")
     suite = samplers if _SUITE.value == "samplers" else updates
     result = suite(workdir)
+  elif _SUITE.value in ("recall", "long_text"):
+    workdir = pathlib.Path(_WORKDIR.value or f"runs/benchmark_{_SUITE.value}")
+    _make(workdir)
+    result = memory(workdir)
   else:
     if _WORKDIR.value is None:
       raise config_lib.InputError(
@@ -164,6 +182,38 @@ def updates(workdir: pathlib.Path) -> dict:
   print("\nbert_smoke on 16 chips of TPU v5e, per chip and step")
   print(pod.table(steps))
   return {"update": speed, "steps": steps}
+
+
+def memory(workdir: pathlib.Path) -> dict:
+  """Trains the study's models; prints and draws the loss by position."""
+  study = getattr(memory_studies, _SUITE.value)
+  configs = study(_SET.value)
+  first = next(iter(configs.values()))
+  bucket = first.model.chunk_size
+  rows = memory_studies.run(
+    configs, workdir, _SEEDS.value, bucket, logging.info
+  )
+  result = {"overrides": _SET.value, "bucket": bucket, "rows": rows}
+  result["summary"] = memory_studies.summary(rows)
+  length = first.data.seq_len
+  lines = {row["name"]: row["nats"] for row in result["summary"]}
+  if _SUITE.value == "recall":
+    keys = int(first.data.source.partition(":")[2])
+    best = associative_recall.best_nats(length // 2, keys)
+    result["perfect_memory"] = best.reshape(-1, bucket // 2).mean(1).tolist()
+    lines["perfect memory"] = result["perfect_memory"]
+  middle = [bucket * (i + 0.5) for i in range(length // bucket)]
+  plots.curves(
+    {name: (middle, nats) for name, nats in lines.items()},
+    workdir / f"{_SUITE.value}.png",
+    x_label="position",
+    y_label="nats per token",
+    title=f"{first.data.source}, mean of {_SEEDS.value} seeds",
+  )
+  print(f"nats per token, averages over {bucket} positions, mean of the seeds")
+  for name, nats in lines.items():
+    print(f"{name:18s} " + " ".join(f"{x:6.3f}" for x in nats))
+  return result
 
 
 def _make(workdir: pathlib.Path) -> None:

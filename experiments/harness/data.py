@@ -23,11 +23,19 @@ import numpy as np
 import tensorstore
 
 from giantsteps.experiments.harness import config as config_lib
+from giantsteps.research.test_time_training import associative_recall
 
 InputError = config_lib.InputError
 
 SEPARATOR = b"\0"  # between two files of text; no text file holds it
-SOURCES = ("digits", "stdlib", "npz:PATH", "text:PATH", "zarr:PATH")
+SOURCES = (
+  "digits",
+  "stdlib",
+  "recall:KEYS",
+  "npz:PATH",
+  "text:PATH",
+  "zarr:PATH",
+)
 _SKIPPED_FOLDERS = {
   "site-packages",
   "dist-packages",
@@ -49,7 +57,8 @@ class Split:
   Attributes:
     num_rows: n.
     read: indices [B] int64 in [0, n) -> {"image": [B, H, W, C] float32 in
-      [-1, 1], "label": [B] int32 if known} or {"tokens": [B, T] int32}; pure.
+      [-1, 1], "label": [B] int32 if known} or {"tokens": [B, T] int32,
+      "weights": [B, T] float32 where not all tokens count}; pure.
   """
 
   num_rows: int
@@ -79,7 +88,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
   digits: the 1,797 images [8, 8, 1] of scikit-learn, pixel / 8 - 1, in two
   stratified halves, 898 for training. stdlib: the Python source of the running
   interpreter's standard library as bytes; files are held out by a hash of their
-  path. text:PATH: bytes of one file (its end is held out) or of all files of a
+  path. recall:KEYS: made up (research/test_time_training/
+  associative_recall.py), a million rows by index. text:PATH: bytes of one file (its end is held out) or of all files of a
   folder (by the hash). npz:PATH, zarr:PATH: images [N, H, W] or [N, H, W, C],
   uint8 or float in [-1, 1], or integer tokens [N, T] or [N]; zarr is read by
   random access and never whole.
@@ -96,6 +106,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
     return _digits(cfg)
   if kind == "stdlib" and not colon:
     return _stdlib(cfg)
+  if kind == "recall":
+    return _recall(cfg, path, vocab_size)
   readers = {"text": _text, "npz": _npz, "zarr": _zarr}
   if kind not in readers or not colon:
     raise InputError(
@@ -224,6 +236,31 @@ def _stdlib(cfg: config_lib.Data) -> Dataset:
     raise InputError(f"data.source='stdlib': no .py files in {root}")
   extra = {"python": platform.python_version()}
   return _text_splits(cfg, *_by_hash(cfg, root, files), extra)
+
+
+def _recall(cfg: config_lib.Data, keys: str, vocab_size: int | None) -> Dataset:
+  if not keys.isdecimal() or not int(keys):
+    raise InputError(f"data.source={cfg.source!r}: wants a number of keys")
+  num_keys, length = int(keys), cfg.seq_len
+  if length % 2:
+    raise InputError(f"data.seq_len={length}: {cfg.source} wants an even one")
+  if vocab_size is not None and 2 * num_keys > vocab_size:
+    raise InputError(
+      f"{cfg.source}: {num_keys} keys and their values need "
+      f"model.vocab_size={2 * num_keys}, it is {vocab_size}"
+    )
+  split = lambda count, held_out: Split(
+    count,
+    lambda rows: associative_recall.rows(rows, length, num_keys, held_out),
+  )
+  train, held_out = split(2**20, False), split(2**12, True)
+  description = {
+    "kind": "tokens",
+    "source": cfg.source,
+    "train": {"rows": train.num_rows},
+    "held_out": {"rows": held_out.num_rows},
+  }
+  return Dataset(train, held_out, "tokens", description)
 
 
 def _text(cfg: config_lib.Data, path: pathlib.Path) -> Dataset:

@@ -260,21 +260,23 @@ def autoregressive(cfg: config_lib.Config) -> Task:
   """Next-token prediction; the first token of a row is given."""
   init, module = _language_model(cfg, causal=True)
 
-  def cross_entropy(logits, tokens):
+  def cross_entropy(logits, arrays):
     losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits[:, :-1], tokens[:, 1:]
+      logits[:, :-1], arrays["tokens"][:, 1:]
     )
-    return jnp.mean(losses)
+    weights = arrays.get("weights")
+    weights = jnp.ones_like(losses) if weights is None else weights[:, 1:]
+    return jnp.sum(losses * weights) / jnp.sum(weights)
 
   def loss(params, arrays):
-    tokens = arrays["tokens"]
-    logits, balance = _forward(cfg, module, params, tokens)
-    return balance + cross_entropy(logits, tokens)
+    logits, balance = _forward(cfg, module, params, arrays["tokens"])
+    return balance + cross_entropy(logits, arrays)
 
   def evaluate(params, batch, key):
     del key  # nothing is random
-    tokens = batch["tokens"]
-    nats = cross_entropy(module.logits(cfg.model, params, tokens), tokens)
+    nats = cross_entropy(
+      module.logits(cfg.model, params, batch["tokens"]), batch
+    )
     return {"held_out_bits_per_byte": nats / jnp.log(2.0)}
 
   corrupt = lambda batch, key: batch

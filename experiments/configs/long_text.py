@@ -1,0 +1,43 @@
+"""Causal LaCT on 1,024 bytes of source code at a time, its attention sees 128."""
+
+from giantsteps.experiments.harness import config
+from giantsteps.models import lact
+
+
+def get_config() -> config.Config:
+  """Short convolutions, Muon inside and outside."""
+  return config.Config(
+    task="autoregressive",
+    model=lact.Config(
+      vocab_size=256,
+      width=128,
+      depth=3,
+      num_heads=2,
+      fast_heads=2,
+      mlp_width=256,
+      causal=True,
+      window=128,
+      chunk_size=128,
+      rate=1e-2,
+      qk_norm=True,
+      short_conv=4,
+      unroll=3,
+    ),
+    data=config.Data(source="stdlib", seq_len=1_024),
+    optim=config.Optim(
+      name="muon",
+      learning_rate=0.02,
+      adam_learning_rate=0.01,
+      b2=0.99,
+      weight_decay=0.0,
+      schedule="linear",
+      warmup=50,
+    ),
+    steps=400,
+    batch_size=4,
+    steps_per_dispatch=10,
+    ema_decay=0.99,
+    log_every=20,
+    eval_every=200,
+    checkpoint_every=200,
+  )

@@ -1,0 +1,1 @@
+"""Test-time training with large chunks: tasks that show what it remembers."""
