@@ -15,7 +15,11 @@ from giantsteps.kernels_pallas import precision
 from giantsteps.kernels_pallas.fast_weight import Weights
 from giantsteps.kernels_pallas.newton_schulz import newton_schulz
 from giantsteps.models import layers, partitioning, transformer
-from giantsteps.models.fast_weights import State, fast_weight_scan
+from giantsteps.models.fast_weight_update import State
+from giantsteps.models.fast_weights import (
+  context_parallel_scan,
+  fast_weight_scan,
+)
 
 __all__ = [
   "Block",
@@ -24,6 +28,7 @@ __all__ = [
   "LactLayer",
   "State",
   "bind",
+  "context_parallel_scan",
   "fast_weight_scan",
   "logits",
   "newton_schulz",
