@@ -59,10 +59,10 @@ def main() -> int:
   """Generates with the flags' rule."""
   workdir = pathlib.Path(_WORKDIR.value)
   cfg, description = training.load_workdir(workdir)
-  if cfg.task == "flow":
+  if cfg.task in ("flow", "views"):
     raise config_lib.InputError(
-      f"--workdir {workdir} holds a model of task 'flow': generate writes "
-      "tokens; use sample"
+      f"--workdir {workdir} holds a model of task {cfg.task!r}: generate "
+      "writes tokens; use sample for flows, benchmark for views"
     )
   task = tasks_lib.build(cfg, description)
   prompts, lengths = _prompts(cfg.data.seq_len)

@@ -42,7 +42,7 @@ def main() -> int:
   if cfg.task != "flow":
     raise config_lib.InputError(
       f"--workdir {workdir} holds a model of task {cfg.task!r}: sample draws "
-      "from flows; use generate"
+      "from flows; use generate for tokens, benchmark for views"
     )
   task = tasks_lib.build(cfg, description)
   labels = _labels(cfg.model.num_classes)

@@ -34,14 +34,19 @@ class Data:
   """Where the rows come from.
 
   Attributes:
-    source: digits, stdlib, npz:PATH, text:PATH or zarr:PATH.
+    source: digits, stdlib, scenes, npz:PATH, text:PATH or zarr:PATH.
     seq_len: tokens per row, for sources of tokens.
     held_out: fraction that is never trained on (digits: one half, always).
+    views: pictures per scene, 2 or more; the highest power of two below is
+      the most of them that a model sees.
+    side: pixels of a side of a picture of a scene.
   """
 
   source: str = "digits"
   seq_len: int = 256
   held_out: float = 0.08
+  views: int = 20
+  side: int = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +116,8 @@ class Config:
   """One run of `train`.
 
   Attributes:
-    task: what is learned: a velocity, masked tokens or the next token.
+    task: what is learned: a velocity, masked tokens, the next token or
+      unseen views of a scene.
     model: the `Config` of a module of giantsteps.models; its type names the
       network.
     data, optim, second: see there.
@@ -132,7 +138,7 @@ class Config:
       (research/large_batch/load_balance.py); 0: none.
   """
 
-  task: Literal["flow", "masked", "autoregressive"]
+  task: Literal["flow", "masked", "autoregressive", "views"]
   model: Any
   data: Data = Data()
   optim: Optim = Optim()
@@ -238,8 +244,10 @@ def _check_second(cfg: Config) -> None:
     raise InputError(
       f"second.start={second.start}: must be below steps={cfg.steps}, or 0"
     )
-  if cfg.task == "flow":
-    raise InputError(f"second.start={second.start}: task 'flow' has one stage")
+  if cfg.task in ("flow", "views"):
+    raise InputError(
+      f"second.start={second.start}: task {cfg.task!r} has one stage"
+    )
   for name in ("seq_len", "batch_size", "learning_rate"):
     if not getattr(second, name) > 0:
       raise InputError(
@@ -285,6 +293,8 @@ _RANGES = {  # low <= value < high
   "keep": (1, _LARGE),
   "max_skipped": (1, _LARGE),
   "data.seq_len": (1, _LARGE),
+  "data.views": (2, _LARGE),
+  "data.side": (1, _LARGE),
   "seed": (0, _LARGE),
   "eval_every": (0, _LARGE),
   "checkpoint_every": (0, _LARGE),

@@ -23,19 +23,19 @@ import numpy as np
 import tensorstore
 
 from giantsteps.experiments.harness import config as config_lib
-from giantsteps.research.test_time_training import associative_recall
+from giantsteps.research.test_time_training import (
+  associative_recall,
+  novel_views,
+)
 
 InputError = config_lib.InputError
 
 SEPARATOR = b"\0"  # between two files of text; no text file holds it
 SOURCES = (
-  "digits",
-  "stdlib",
-  "recall:KEYS",
-  "npz:PATH",
-  "text:PATH",
-  "zarr:PATH",
+  *("digits", "stdlib", "scenes", "recall:KEYS"),
+  *("npz:PATH", "text:PATH", "zarr:PATH"),
 )
+NUM_SCENES = 2**16  # of the source "scenes", both splits together
 _SKIPPED_FOLDERS = {
   "site-packages",
   "dist-packages",
@@ -58,7 +58,8 @@ class Split:
     num_rows: n.
     read: indices [B] int64 in [0, n) -> {"image": [B, H, W, C] float32 in
       [-1, 1], "label": [B] int32 if known} or {"tokens": [B, T] int32,
-      "weights": [B, T] float32 where not all tokens count}; pure.
+      "weights": [B, T] float32 where not all tokens count} or {"image": [B, V,
+      S, S, 3] float32 in [0, 1], "rays": [B, V, S, S, 6] float32}; pure.
   """
 
   num_rows: int
@@ -73,12 +74,13 @@ class Dataset:
     kind: what the rows are.
     description: plain JSON, the same for the same data: kind, source, rows of
       each split; images: shape [H, W, C], std of the training pixels,
-      num_classes (0: no labels); text: files, bytes and digest per split.
+      num_classes (0: no labels); text: files, bytes and digest per split;
+      views: shape [V, S, S, 3].
   """
 
   train: Split
   held_out: Split
-  kind: Literal["image", "tokens"]
+  kind: Literal["image", "tokens", "views"]
   description: dict[str, Any]
 
 
@@ -88,8 +90,9 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
   digits: the 1,797 images [8, 8, 1] of scikit-learn, pixel / 8 - 1, in two
   stratified halves, 898 for training. stdlib: the Python source of the running
   interpreter's standard library as bytes; files are held out by a hash of their
-  path. recall:KEYS: made up (research/test_time_training/
-  associative_recall.py), a million rows by index. text:PATH: bytes of one file (its end is held out) or of all files of a
+  path. recall:KEYS and scenes: made when they are read (research/
+  test_time_training). text:PATH: bytes of one file (its end is held out) or of
+  all files of a
   folder (by the hash). npz:PATH, zarr:PATH: images [N, H, W] or [N, H, W, C],
   uint8 or float in [-1, 1], or integer tokens [N, T] or [N]; zarr is read by
   random access and never whole.
@@ -108,6 +111,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
     return _stdlib(cfg)
   if kind == "recall":
     return _recall(cfg, path, vocab_size)
+  if kind == "scenes" and not colon:
+    return _scenes(cfg)
   readers = {"text": _text, "npz": _npz, "zarr": _zarr}
   if kind not in readers or not colon:
     raise InputError(
@@ -261,6 +266,33 @@ def _recall(cfg: config_lib.Data, keys: str, vocab_size: int | None) -> Dataset:
     "held_out": {"rows": held_out.num_rows},
   }
   return Dataset(train, held_out, "tokens", description)
+
+
+def _scenes(cfg: config_lib.Data) -> Dataset:
+  held_out = _held_out_rows(cfg, NUM_SCENES)
+
+  def rows_from(first: int, count: int) -> Split:
+    def read(indices):
+      drawn = [
+        novel_views.views(0, first + int(i), cfg.views, cfg.side)
+        for i in indices
+      ]
+      image, rays = zip(*drawn, strict=True)
+      return {"image": np.stack(image), "rays": np.stack(rays)}
+
+    return Split(count, read)
+
+  train = NUM_SCENES - held_out
+  description = {
+    "kind": "views",
+    "source": cfg.source,
+    "shape": [cfg.views, cfg.side, cfg.side, 3],
+    "train": {"rows": train},
+    "held_out": {"rows": held_out},
+  }
+  return Dataset(
+    rows_from(0, train), rows_from(train, held_out), "views", description
+  )
 
 
 def _text(cfg: config_lib.Data, path: pathlib.Path) -> Dataset:

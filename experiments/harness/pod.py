@@ -303,14 +303,14 @@ def _batches(cfg: config_lib.Config, mesh: Mesh) -> dict:
     shape = (1, cfg.batch_size, *shape)
     return jax.ShapeDtypeStruct(shape, dtype, sharding=places)
 
-  if cfg.task != "flow":
+  if cfg.task not in ("flow", "views"):
     return {"tokens": put((cfg.data.seq_len,), jnp.int32)}
   rows = tasks.load_data(cfg).train.read(np.zeros(1, np.int64))
   return {name: put(x.shape[1:], x.dtype) for name, x in rows.items()}
 
 
 def _description(cfg: config_lib.Config) -> dict:
-  if cfg.task != "flow":
+  if cfg.task not in ("flow", "views"):
     return {"kind": "tokens"}
   return data.load(cfg.data).description
 

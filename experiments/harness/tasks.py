@@ -9,7 +9,14 @@ import optax
 
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import data
-from giantsteps.models import dit, lact, mlp, partitioning, transformer
+from giantsteps.models import (
+  dit,
+  lact,
+  lact_views,
+  mlp,
+  partitioning,
+  transformer,
+)
 from giantsteps.research import flow_maps, large_batch
 from giantsteps.research.diffusion_lm import masked_diffusion
 
@@ -24,7 +31,8 @@ class Task(NamedTuple):
     loss: (params, arrays) -> [] float32, a mean over the rows.
     evaluate: (params, batch, key) -> {name: [] float32}.
     apply: (params, ...) -> the network's output, as the samplers want it:
-      velocity(params, s, t, x) of a flow, the `Bound` model of tokens.
+      velocity(params, s, t, x) of a flow, the `Bound` model of tokens, the
+      images (params, rays, image, known) of a scene.
   """
 
   init: Callable
@@ -40,14 +48,16 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
   Raises:
     InputError: if task, model and data do not fit together.
   """
-  images = isinstance(cfg.model, (mlp.Config, dit.Config))
-  if images != (cfg.task == "flow"):
+  fits = {mlp.Config: "flow", dit.Config: "flow", lact_views.Config: "views"}
+  wants = fits.get(type(cfg.model))
+  if wants != cfg.task if wants else cfg.task in ("flow", "views"):
     raise config_lib.InputError(
       f"task={cfg.task!r} does not fit the model "
       f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp or "
-      "dit; masked and autoregressive want transformer or lact"
+      "dit; masked and autoregressive want transformer or lact; views wants "
+      "lact_views"
     )
-  wanted = "image" if images else "tokens"
+  wanted = {"flow": "image", "views": "views"}.get(cfg.task, "tokens")
   if description["kind"] != wanted:
     raise config_lib.InputError(
       f"data.source={cfg.data.source!r} holds {description['kind']} rows, "
@@ -58,6 +68,8 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
       return flow(cfg, description)
     case "masked":
       return masked(cfg)
+    case "views":
+      return views(cfg)
     case _:
       return autoregressive(cfg)
 
@@ -65,7 +77,7 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
 def load_data(cfg: config_lib.Config) -> data.Dataset:
   """The rows of a config; tokens beyond the model's vocabulary are refused."""
   match cfg.task:
-    case "flow":
+    case "flow" | "views":
       return data.load(cfg.data)
     case "masked":
       return data.load(cfg.data, mask_token(cfg))
@@ -281,6 +293,63 @@ def autoregressive(cfg: config_lib.Config) -> Task:
 
   corrupt = lambda batch, key: batch
   return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
+
+
+def views(cfg: config_lib.Config) -> Task:
+  """Unseen views of a scene from 1, 2, 4, ... of its views (LaCT).
+
+  Differs from the paper: mean squared error only, without the perceptual loss
+  LPIPS, whose network is not at hand; and the number of input views is drawn
+  for every scene, so that one model serves all of them. Views that are not
+  given are all asked for.
+  """
+  model, side = cfg.model, cfg.data.side
+  if side % model.patch:
+    raise config_lib.InputError(
+      f"data.side={side}: not a multiple of model.patch={model.patch}"
+    )
+  num_inputs = view_counts(cfg.data.views)
+
+  def init(key):
+    rays = jnp.zeros((1, cfg.data.views, side, side, 6))
+    image = jnp.zeros((1, num_inputs[-1], side, side, 3))
+    return lact_views.LactViews(model).init(key, rays, image)["params"]
+
+  def apply(params, rays, image, known=None):
+    return lact_views.predict(model, params, rays, image, known)
+
+  def corrupt(batch, key):
+    rows = batch["image"].shape[0]
+    choices = jnp.asarray(num_inputs)
+    # in turns: every batch holds every number of views equally often
+    first = jax.random.randint(key, (), 0, len(num_inputs))
+    count = choices[(first + jnp.arange(rows)) % len(num_inputs)]
+    known = jnp.arange(num_inputs[-1])[None] < count[:, None]
+    return {**batch, "known": known}
+
+  def squared_errors(params, arrays):
+    """[B] mean squared error over the views that were not given."""
+    image, known = arrays["image"], arrays["known"]
+    out = apply(params, arrays["rays"], image[:, : known.shape[1]], known)
+    error = jnp.mean((out - image) ** 2, (2, 3, 4))  # [B, V]
+    asked = jnp.pad(
+      ~known, ((0, 0), (0, error.shape[1] - known.shape[1])), constant_values=1
+    )
+    return jnp.sum(error * asked, 1) / jnp.sum(asked, 1)
+
+  def loss(params, arrays):
+    return jnp.mean(squared_errors(params, arrays))
+
+  def evaluate(params, batch, key):
+    error = squared_errors(params, corrupt(batch, key))
+    return {"held_out_psnr": jnp.mean(-10 * jnp.log10(error))}
+
+  return Task(init, corrupt, loss, evaluate, apply)
+
+
+def view_counts(num_views: int) -> tuple[int, ...]:
+  """The numbers of input views: powers of two below `num_views`."""
+  return tuple(2**i for i in range((num_views - 1).bit_length()))
 
 
 def _language_model(cfg: config_lib.Config, causal: bool):

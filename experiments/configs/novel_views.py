@@ -1,0 +1,40 @@
+"""LaCT on views of rendered scenes: unseen views from 1 to 16 given ones.
+
+32x32 pixels, four blocks; about a quarter of an hour on one CPU core. The
+paper's model is `model.patch=8 model.width=768 model.depth=24 model.heads=12
+model.fast_heads=1`, on photographs: nobody has run it here.
+"""
+
+from giantsteps.experiments.harness import config
+from giantsteps.models import lact_views
+
+
+def get_config() -> config.Config:
+  """Small enough for one core."""
+  return config.Config(
+    task="views",
+    model=lact_views.Config(
+      patch=8,
+      width=128,
+      depth=4,
+      heads=2,
+      fast_heads=2,
+      remat_write=False,
+      unroll=4,
+    ),
+    data=config.Data(source="scenes", views=20, side=32),
+    optim=config.Optim(
+      name="adamw",
+      learning_rate=1e-3,
+      warmup=50,
+      b2=0.95,
+      weight_decay=0.05,
+      end_factor=0.05,
+    ),
+    steps=1_000,
+    batch_size=10,
+    ema_decay=0.99,
+    log_every=10,
+    eval_every=0,
+    checkpoint_every=100,
+  )
