@@ -6,15 +6,23 @@ fast_weights.py.
 
 import dataclasses
 import math
+import typing
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from giantsteps.kernels_pallas import precision
+from giantsteps.kernels_pallas import dispatch, precision
 from giantsteps.kernels_pallas.fast_weight import Weights
 from giantsteps.kernels_pallas.newton_schulz import newton_schulz
-from giantsteps.models import layers, partitioning, transformer
+from giantsteps.models import (
+  fast_weight_decode,
+  lact_cache,
+  layers,
+  partitioning,
+  transformer,
+)
+from giantsteps.models.fast_weight_decode import decode_state, decode_step
 from giantsteps.models.fast_weight_update import State
 from giantsteps.models.fast_weights import (
   context_parallel_scan,
@@ -23,15 +31,21 @@ from giantsteps.models.fast_weights import (
 
 __all__ = [
   "Block",
+  "Cache",
   "Config",
   "Lact",
   "LactLayer",
   "State",
   "bind",
   "context_parallel_scan",
+  "decode",
+  "decode_state",
+  "decode_step",
   "fast_weight_scan",
+  "init_cache",
   "logits",
   "newton_schulz",
+  "prefill",
 ]
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -55,7 +69,9 @@ class Config:
     chunk_size: tokens of one write, if causal.
     muon, momentum, prenorm, detach_norm: as in `fast_weight_scan`.
     newton_schulz, newton_schulz_steps, ns_dtype: likewise.
-    remat_chunks: likewise, `remat`.
+    remat_chunks: likewise, `remat`: a bool, none, chunk, two_level or the
+      number of chunks between kept states.
+    implementation: of the fast weights' kernels; None chooses by platform.
     rate: learning rate of a token before training.
     low_rank: W0 = L R + I/2 (W2 too) with this inner size; 0 is full.
     fast_rope, fast_silu_v, fast_gate: rotation of the fast q and k, silu of
@@ -91,7 +107,8 @@ class Config:
   newton_schulz: str = "scheduled"
   newton_schulz_steps: int = 5
   ns_dtype: str | None = None
-  remat_chunks: bool = True
+  remat_chunks: bool | int | str = True
+  implementation: str | None = None
   rate: float = 1e-3
   low_rank: int = 0
   fast_rope: bool = True
@@ -128,6 +145,7 @@ class Config:
     for name, choices in (
       ("newton_schulz", ("scheduled", "fixed")),
       ("ns_dtype", (None, *_DTYPES)),
+      ("implementation", (None, *dispatch.IMPLEMENTATIONS)),
       ("remat", layers.REMAT_POLICIES),
       ("dtype", _DTYPES),
       ("param_dtype", _DTYPES),
@@ -156,11 +174,37 @@ class LactLayer(nn.Module):
 
   config: Config
 
-  @nn.compact
   def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
     """x [B, T, D] after a norm, positions [B or 1, T] -> [B, T, D]."""
+    return self.extend(x, positions)[0]
+
+  @nn.compact
+  def extend(
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    cache: lact_cache.Cache | None = None,
+    lengths: jax.Array | None = None,
+  ) -> tuple[jax.Array, lact_cache.Cache | None]:
+    """The layer, and what later tokens need of it.
+
+    Args:
+      x: [B, T, D] after a norm; T = 1 with a cache that has begun.
+      positions: [B or 1, T] int.
+      cache: None: all tokens are here and nothing is kept.
+      lengths: [B] int, tokens of each row; only with an empty cache.
+
+    Returns:
+      [B, T, D] and the cache after these tokens.
+    """
     cfg = self.config
-    q, k, v = (self._project(x, name) for name in ("q", "k", "v"))
+    begun = cache is not None and lengths is None
+    inputs = x
+    if begun and cfg.short_conv:
+      inputs = jnp.concatenate([cache.inputs, x], 1)
+    q, k, v = (
+      self._project(inputs, name)[:, -x.shape[1] :] for name in ("q", "k", "v")
+    )
     if cfg.qk_norm:
       q, k = _norm(cfg, "q_norm")(q), _norm(cfg, "k_norm")(k)
     heads = (*x.shape[:2], cfg.num_heads, cfg.width // cfg.num_heads)
@@ -169,17 +213,36 @@ class LactLayer(nn.Module):
       y = layers.rotary(y.reshape(heads), positions, cfg.rope_theta)
       return y.reshape(x.shape)
 
-    out = layers.attention(
-      *(y.reshape(heads) for y in (rotate(q), rotate(k), v)),
-      causal=cfg.causal,
-      window=cfg.window,
-    ).reshape(x.shape)
+    near = [y.reshape(heads) for y in (rotate(q), rotate(k), v)]
+    if begun:
+      now = positions[:, 0]
+      keys, values = (
+        lact_cache.put(old, y, now)
+        for old, y in zip(cache[:2], near[1:], strict=True)
+      )
+      out = lact_cache.attend(near[0], keys, values, now)
+    else:
+      out = layers.attention(*near, causal=cfg.causal, window=cfg.window)
+    out = out.reshape(x.shape)
     fast_q, fast_k = self._rescale(q, "q"), self._rescale(k, "k")
     fast_q, fast_k = (self._unit(nn.silu(y)) for y in (fast_q, fast_k))
     if cfg.fast_rope:
       fast_q, fast_k = rotate(fast_q), rotate(fast_k)
     fast_v = nn.silu(v) if cfg.fast_silu_v else v
-    return self._out(out + self._fast(x, fast_q, fast_k, fast_v))
+    fast, state = self._fast(x, fast_q, fast_k, fast_v, cache, lengths)
+    out = self._out(out + fast)
+    if cache is None:
+      return out, None
+    if not begun:
+      size = cache.keys.shape[1]
+      keys, values = (lact_cache.ring(y, lengths, size) for y in near[1:])
+    if cfg.short_conv and begun:
+      inputs = inputs[:, 1:]
+    elif cfg.short_conv:
+      inputs = lact_cache.last(x, lengths, cfg.short_conv - 1)
+    return out, lact_cache.Cache(
+      keys, values, inputs if cfg.short_conv else None, state
+    )
 
   def _project(self, x: jax.Array, name: str) -> jax.Array:
     cfg = self.config
@@ -211,8 +274,8 @@ class LactLayer(nn.Module):
       (y / (precision.length(y, -1) + 1e-5)).astype(x.dtype).reshape(x.shape)
     )
 
-  def _fast(self, x, q, k, v):
-    """The fast-weight branch: q, k, v [B, T, D] -> [B, T, D]."""
+  def _fast(self, x, q, k, v, cache, lengths):
+    """The fast-weight branch: q, k, v [B, T, D] -> [B, T, D], its state."""
     cfg = self.config
     shape = (*x.shape[:2], cfg.fast_heads, cfg.fast_dim)
     rows = lambda y: _rows(y.reshape(*shape[:3], -1))
@@ -225,29 +288,39 @@ class LactLayer(nn.Module):
     weights = jax.tree.map(
       lambda w: jnp.tile(w, (shape[0], 1, 1)), self._weights()
     )
-    out, _ = fast_weight_scan(
-      rows(q),
-      rows(k),
-      rows(v),
-      (eta0, eta1, eta2),
-      weights,
-      chunk_size=cfg.chunk_size,
-      order="causal" if cfg.causal else "bidirectional",
-      muon=cfg.muon,
-      momentum=momentum,
-      prenorm=cfg.prenorm,
-      detach_norm=cfg.detach_norm,
-      newton_schulz=cfg.newton_schulz,
-      newton_schulz_steps=cfg.newton_schulz_steps,
-      ns_dtype=cfg.ns_dtype,
-      remat=cfg.remat_chunks,
-    )
+    tokens = rows(q), rows(k), rows(v), (eta0, eta1, eta2)
+    rule = {
+      "muon": cfg.muon,
+      "momentum": momentum,
+      "prenorm": cfg.prenorm,
+      "newton_schulz": cfg.newton_schulz,
+      "newton_schulz_steps": cfg.newton_schulz_steps,
+      "ns_dtype": cfg.ns_dtype,
+      "implementation": cfg.implementation,
+    }
+    if cache is None:
+      out, state = fast_weight_scan(
+        *tokens,
+        weights,
+        chunk_size=cfg.chunk_size,
+        order="causal" if cfg.causal else "bidirectional",
+        detach_norm=cfg.detach_norm,
+        remat=cfg.remat_chunks,
+        **rule,
+      )
+    elif lengths is None:
+      out, state = decode_step(cache.fast, *tokens, **rule)
+    else:
+      each = jnp.repeat(lengths, cfg.fast_heads)
+      out, state = fast_weight_decode.prefill(
+        *tokens, weights, chunk_size=cfg.chunk_size, lengths=each, **rule
+      )
     out = out.reshape(shape[0], shape[2], shape[1], shape[3])
     out = _norm(cfg, "fast_norm")(jnp.swapaxes(out, 1, 2))
     if cfg.fast_gate:
       gate = nn.silu(self._per_head(x, "fast_gate", 1))
       out = out * gate.astype(out.dtype)
-    return out.reshape(x.shape)
+    return out.reshape(x.shape), state
 
   def _per_head(self, x: jax.Array, name: str, features: int) -> jax.Array:
     """Linear map of x [B, T, D] to float32 or wider [B, T, H, features]."""
@@ -292,17 +365,22 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, positions: jax.Array
-  ) -> tuple[jax.Array, None]:
-    """x [B, T, D], positions [B or 1, T] -> ([B, T, D], None)."""
+    self,
+    x: jax.Array,
+    positions: jax.Array,
+    cache: lact_cache.Cache | None = None,
+    lengths: jax.Array | None = None,
+  ) -> tuple[jax.Array, lact_cache.Cache | None]:
+    """x [B, T, D] -> [B, T, D] and the cache, as `LactLayer.extend`."""
     cfg = self.config
     x = partitioning.constrain_rows(x)
     y = _norm(cfg, "mixer_norm")(x)
-    x = x + LactLayer(cfg, name="mixer")(y, positions)
+    y, cache = LactLayer(cfg, name="mixer").extend(y, positions, cache, lengths)
+    x = x + y
     y = _norm(cfg, "mlp_norm")(x)
     gate = _dense(cfg, y, cfg.mlp_width, "gate")
     up = _dense(cfg, y, cfg.mlp_width, "up")
-    return x + _dense_out(cfg, nn.silu(gate) * up, "down"), None
+    return x + _dense_out(cfg, nn.silu(gate) * up, "down"), cache
 
 
 class Lact(nn.Module):
@@ -314,7 +392,6 @@ class Lact(nn.Module):
 
   config: Config
 
-  @nn.compact
   def __call__(
     self, tokens: jax.Array, positions: jax.Array | None = None
   ) -> jax.Array:
@@ -326,6 +403,17 @@ class Lact(nn.Module):
     Raises:
       ValueError: if tokens or positions have another shape.
     """
+    return self.extend(tokens, positions)[0]
+
+  @nn.compact
+  def extend(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    cache: lact_cache.Cache | None = None,
+    lengths: jax.Array | None = None,
+  ) -> tuple[jax.Array, lact_cache.Cache | None]:
+    """As `__call__`, with the caches of all layers; see `LactLayer.extend`."""
     cfg = self.config
     if tokens.ndim != 2:
       raise ValueError(f"tokens {tokens.shape}: expected [B, T]")
@@ -353,12 +441,24 @@ class Lact(nn.Module):
       layers.remat(partitioning.gather_layer(Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast,),  # pyright: ignore[reportArgumentType]
+      in_axes=(nn.broadcast, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
       unroll=cfg.unroll,
     )
-    x, _ = stack(cfg, name="layers")(x, positions)
-    return _norm(cfg, "norm")(x)
+    x, cache = stack(cfg, name="layers")(x, positions, cache, lengths)
+    return _norm(cfg, "norm")(x), cache
+
+
+class Cache(typing.NamedTuple):
+  """What decoding goes on from: a pytree of a size that does not grow.
+
+  Attributes:
+    layers: leaves [L, ...].
+    lengths: [B] int32, tokens seen by each row.
+  """
+
+  layers: lact_cache.Cache
+  lengths: jax.Array
 
 
 def bind(config: Config, params: dict) -> transformer.Bound:
@@ -371,6 +471,119 @@ def logits(config: Config, params: dict, tokens: jax.Array) -> jax.Array:
   hidden = Lact(config).apply({"params": params}, tokens)
   assert isinstance(hidden, jax.Array)
   return transformer.project(hidden, params["head"])
+
+
+def init_cache(
+  config: Config, params: dict, rows: int, max_length: int | None = None
+) -> Cache:
+  """The cache of `rows` sequences before their first token.
+
+  Args:
+    config: causal.
+    params: parameters of `Lact`: they hold the initial fast weights.
+    rows: B.
+    max_length: as in `prefill`.
+  """
+  nothing = jnp.zeros((rows, 1), jnp.int32)
+  lengths = jnp.zeros(rows, jnp.int32)
+  return prefill(config, params, nothing, lengths, max_length)[1]
+
+
+def prefill(
+  config: Config,
+  params: dict,
+  tokens: jax.Array,
+  lengths: jax.Array | None = None,
+  max_length: int | None = None,
+) -> tuple[jax.Array, Cache]:
+  """Reads prompts, all tokens at once.
+
+  Args:
+    config: causal.
+    params: parameters of `Lact`.
+    tokens: [B, T] int32.
+    lengths: [B] int, tokens of each row, filled on the right; None: T.
+    max_length: most tokens of a row, prompt and answer; needed if
+      config.window is None. What comes after is NaN.
+
+  Returns:
+    hidden [B, T, D], of which row b's at i < lengths[b] predicts token i+1,
+    and the cache.
+
+  Raises:
+    ValueError: if the config is not causal or the cache has no size.
+  """
+  _check_decodes(config)
+  rows, length = tokens.shape
+  sizes = [s for s in (config.window, max_length) if s is not None]
+  if not sizes:
+    raise ValueError("window=None: give max_length, the size of the cache")
+  if max_length is not None and length > max_length:
+    raise ValueError(f"tokens {tokens.shape}: more than {max_length=}")
+  if lengths is None:
+    lengths = jnp.full(rows, length, jnp.int32)
+  head = config.width // config.num_heads
+  shape = (config.depth, rows, min(sizes), config.num_heads, head)
+  empty = lact_cache.Cache(*(jnp.zeros(shape, config.dtype),) * 2)
+  hidden, layers = Lact(config).apply(
+    {"params": params}, tokens, None, empty, lengths, method="extend"
+  )
+  return hidden, Cache(layers, lengths.astype(jnp.int32))
+
+
+def decode(
+  config: Config, params: dict, tokens: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+  """Takes the next tokens of each row, one after the other.
+
+  Costs a token 2 FLOPs per parameter and as many as fast weights and window,
+  whatever came before; equals the forward pass of the whole sequence.
+
+  Args:
+    config: causal.
+    params: parameters of `Lact`.
+    tokens: [B, T] int32.
+    cache: of `init_cache`, `prefill` or the last call.
+
+  Returns:
+    hidden [B, T, D], where hidden[:, i] @ head scores the token after
+    tokens[:, i], and the cache.
+
+  Raises:
+    ValueError: if the config is not causal or the rows are others.
+  """
+  _check_decodes(config)
+  if tokens.ndim != 2 or tokens.shape[0] != cache.lengths.shape[0]:
+    raise ValueError(
+      f"tokens {tokens.shape}: this cache is for [{cache.lengths.shape[0]}, T]"
+    )
+
+  def step(cache, token):
+    position = cache.lengths
+    hidden, layers = Lact(config).apply(
+      {"params": params},
+      token[:, None],
+      position[:, None],
+      cache.layers,
+      method="extend",
+    )
+    if config.window is None:  # an older token would be overwritten
+      lost = position >= cache.layers.keys.shape[2]
+      hidden = jnp.where(lost[:, None, None], jnp.nan, hidden)
+    return Cache(layers, position + 1), hidden[:, 0]
+
+  if tokens.shape[1] == 1:
+    cache, hidden = step(cache, tokens[:, 0])
+    return hidden[:, None], cache
+  cache, hidden = jax.lax.scan(step, cache, tokens.T)
+  return jnp.moveaxis(hidden, 0, 1), cache
+
+
+def _check_decodes(config: Config) -> None:
+  if not config.causal:
+    raise ValueError(
+      "causal=False: every token sees later ones, nothing can be kept"
+    )
 
 
 def _rows(x: jax.Array) -> jax.Array:
