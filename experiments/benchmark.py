@@ -6,6 +6,7 @@
   python -m giantsteps.experiments.benchmark --suite long_text --seeds 3
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
   python -m giantsteps.experiments.benchmark --suite text --workdir runs/code
+  python -m giantsteps.experiments.benchmark --suite views --workdir runs/views
 
 samplers: distance to the exact solution at 5 to 20 calls on mixtures of
 Gaussians, for our default and for every public solver; microseconds per step
@@ -20,9 +21,10 @@ distance against the held-out half with floor and control, and distance to the
 500-step solution, for every solver at 3 to 50 calls, over three noises; and
 the solvers' ranking by their distance to the exact samples. text: bits per byte against byte n-grams with the same training
 bytes; for masked models also what is lost by committing several bytes per
-forward pass. The result goes to benchmark_<suite>.json in the work folder
-(runs/benchmark_<suite> for recall and long_text, which train and go on where
-they stopped; runs/benchmark for samplers and large_batch).
+forward pass. views: PSNR of unseen views of held-out scenes against the number
+of input views, beside two baselines. The result goes to benchmark_<suite>.json
+in the work folder (runs/benchmark_<suite> for recall and long_text, which train
+and go on where they stopped; runs/benchmark for those that train nothing).
 """
 
 import json
@@ -49,6 +51,7 @@ from giantsteps.experiments.harness import (
   sampling,
   text_quality,
   training,
+  views_quality,
 )
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
@@ -59,7 +62,10 @@ RECORDED = pathlib.Path(__file__).parent / "results" / "samplers.json"
 _SUITE = flags.DEFINE_enum(
   "suite",
   None,
-  ["samplers", "large_batch", "recall", "long_text", "digits", "text"],
+  [
+    *("samplers", "large_batch", "recall", "long_text"),
+    *("digits", "text", "views"),
+  ],
   "What is measured.",
   required=True,
 )
@@ -86,6 +92,10 @@ _WINDOWS = flags.DEFINE_integer(
 )
 _ORDER = flags.DEFINE_integer(
   "ngram_order", 5, "text: largest context of the n-grams.", lower_bound=0
+)
+
+_SCENES = flags.DEFINE_integer(
+  "scenes", 64, "views: held-out scenes that are drawn.", lower_bound=2
 )
 
 
@@ -262,7 +272,8 @@ def _print_overhead(overhead: dict, recorded: list[dict]) -> None:
 
 def _trained(workdir: pathlib.Path) -> dict:
   cfg, description = training.load_workdir(workdir)
-  if (cfg.task == "flow") != (_SUITE.value == "digits"):
+  fits = {"flow": "digits", "views": "views"}.get(cfg.task, "text")
+  if fits != _SUITE.value:
     raise config_lib.InputError(
       f"--suite {_SUITE.value} does not fit the model of task {cfg.task!r} in "
       f"--workdir {workdir}"
@@ -270,8 +281,14 @@ def _trained(workdir: pathlib.Path) -> dict:
   dataset = tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, description)
   state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  suite = digits if _SUITE.value == "digits" else text
-  return suite(cfg, task, state.ema, dataset) | {
+  match _SUITE.value:
+    case "digits":
+      measured = digits(cfg, task, state.ema, dataset)
+    case "views":
+      measured = views(cfg, state.ema, dataset, workdir)
+    case _:
+      measured = text(cfg, task, state.ema, dataset)
+  return measured | {
     "step": int(state.step),
     "config": config_lib.to_json(cfg),
   }
@@ -335,6 +352,34 @@ def text(cfg, task, params: Any, dataset: data.Dataset) -> dict:
     for row in curve:
       print(f"  {_figures(row)}")
     result[name] = {"rows": curve, "true_nll": truth}
+  return result
+
+
+def views(
+  cfg, params: Any, dataset: data.Dataset, workdir: pathlib.Path
+) -> dict:
+  """PSNR by number of input views; pictures of four scenes."""
+  result = views_quality.measure(cfg, params, dataset, _SCENES.value)
+  pictures = result.pop("pictures")
+  counts = [row["input_views"] for row in result["rows"]]
+  rows, columns, *shape = pictures.shape
+  plots.image_grid(
+    2 * pictures.swapaxes(0, 1).reshape(columns * rows, *shape) - 1,
+    workdir / "views.png",
+    columns=rows,
+    row_labels=["true", *map(str, counts)],
+    title="unseen views, by number of input views",
+  )
+  for row in result["rows"]:
+    line = ", ".join(
+      f"{name} {row[name]:.2f} +- {row[f'{name}_standard_error']:.2f} dB"
+      for name in ("psnr", "mean_colour", "nearest_view")
+    )
+    print(f"{row['input_views']:3d} input views: {line}")
+  print(
+    f"from {counts[0]} to {counts[-1]}: {result['gain']:+.2f} +- "
+    f"{result['gain_standard_error']:.2f} dB over {result['scenes']} scenes"
+  )
   return result
 
 

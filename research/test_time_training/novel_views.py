@@ -7,7 +7,7 @@ random numbers come from raw bits, which NumPy keeps the same from version to
 version.
 
 The world is right-handed, z up, the ground is z = 0. A pinhole camera looks at
-the middle of the scene; pixel (row, column) of a picture of S x S pixels is the
+the middle of the scene from distance 1; pixel (row, column) of a picture of S x S pixels is the
 ray through ((column + 1/2)/S - 1/2, 1/2 - (row + 1/2)/S) times 2 tan(fov/2) at
 distance 1. Colour is albedo * (AMBIENT + (1 - AMBIENT) max(0, n.l)), n the
 normal and l the direction to the light; there are no shadows.
@@ -19,8 +19,8 @@ import numpy as np
 
 AMBIENT = 0.35
 FIELD_OF_VIEW = np.deg2rad(45.0)
-DISTANCE = 3.2  # of the cameras from the target
-TARGET = np.array([0.0, 0.0, 0.3])
+TARGET = np.array([0.0, 0.0, 0.1])  # the cameras are at distance 1 from it
+GROUND = 2.0  # radius of the ground
 MAX_OBJECTS = 4
 
 
@@ -75,10 +75,10 @@ def scene(seed: int, index: int) -> Scene:
   box = own[:, 0] < 0.5
   size = np.where(
     box[:, None],
-    0.18 + 0.27 * own[:, 1:4],
-    np.repeat(0.22 + 0.25 * own[:, 1:2], 3, 1),
+    0.08 + 0.09 * own[:, 1:4],
+    np.repeat(0.1 + 0.08 * own[:, 1:2], 3, 1),
   )
-  place = 1.7 * own[:, 4:6] - 0.85
+  place = 0.5 * own[:, 4:6] - 0.25
   centre = np.concatenate([place, size[:, 2:]], 1)
   azimuth, height = 2 * np.pi * u[1], 0.5 + 0.45 * u[2]
   flat = np.sqrt(1 - height**2)
@@ -108,7 +108,7 @@ def cameras(seed: int, index: int, num_views: int) -> np.ndarray:
     ],
     -1,
   )
-  return TARGET + DISTANCE * direction
+  return TARGET + direction
 
 
 def axes(position: np.ndarray) -> np.ndarray:
@@ -175,11 +175,11 @@ def render(scene: Scene, rays: np.ndarray) -> np.ndarray:
 def hit_ground(
   origin: np.ndarray, direction: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """z = 0 within 6 of the middle: distance [N], inf for none, normal [N, 3]."""
+  """z = 0 within GROUND of the middle: distance [N], inf for none, normal [N, 3]."""
   with np.errstate(divide="ignore", invalid="ignore"):
     distance = -origin[:, 2] / direction[:, 2]
     point = origin[:, :2] + distance[:, None] * direction[:, :2]
-    hit = (distance > 0) & (np.sum(point**2, -1) < 36)
+    hit = (distance > 0) & (np.sum(point**2, -1) < GROUND**2)
   normal = np.zeros_like(origin)
   normal[:, 2] = 1
   return np.where(hit, distance, np.inf).astype(origin.dtype), normal

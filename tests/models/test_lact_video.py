@@ -138,7 +138,8 @@ def numpy_layer(params, x, places, config):
           (eta[:, 2:] * p * g * s).T @ fk[t],
         )
         w0, w1, w2 = (
-          (w + step) / (np.linalg.norm(w + step, axis=-1, keepdims=True) + 1e-5)
+          (w + step)
+          / (np.linalg.norm(w + step, axis=-1, keepdims=True) + 1e-5)
           * size
           for w, step, size in zip((w0, w1, w2), steps, sizes, strict=True)
         )
@@ -270,7 +271,9 @@ class LayerTest(parameterized.TestCase):
   def test_starts_as_attention(self):
     layer = lact_video.VideoLayer(SMALL, CLEAN)
     params = quick_jit(layer.init)(jax.random.key(0), X, PLACES)["params"]
-    other = {k: v for k, v in init(SMALL).items() if k[:2] in ("w0", "w1", "w2")}
+    other = {
+      k: v for k, v in init(SMALL).items() if k[:2] in ("w0", "w1", "w2")
+    }
     call = jitted(SMALL, CLEAN)
     np.testing.assert_array_equal(
       call(params, X, PLACES)[0], call(params | other, X, PLACES)[0]
