@@ -68,6 +68,11 @@ def init(config):
     )
 
 
+@functools.cache
+def jitted(function):
+  return quick_jit(functools.partial(function, SMALL))
+
+
 class LayerTest(absltest.TestCase):
   def test_golden(self):
     golden = np.load(GOLDEN / "layer_nvs_2heads.npz")
@@ -106,8 +111,9 @@ class LayerTest(absltest.TestCase):
 
   def test_initial_weights_and_rates(self):
     config = lact_views.Config(width=512, fast_heads=2, heads=1)
-    layer = lact_views.FastLayer(config, 4)
-    params = layer.init(jax.random.key(0), jnp.zeros((1, 4, 512)))["params"]
+    layer = lact_views.FastLayer(config, 0)
+    make = quick_jit(layer.init)
+    params = make(jax.random.key(0), jnp.zeros((1, 4, 512)))["params"]
     self.assertEqual(params["w0"].shape, (2, 512, 256))
     self.assertEqual(params["w1"].shape, (2, 256, 512))
     for name, fan_in in (("w0", 256), ("w1", 512), ("w2", 256)):
@@ -122,10 +128,8 @@ class ModelTest(parameterized.TestCase):
     super().setUp()
     self.enter_context(jax.enable_x64(True))
 
-  def call(self, function, *args, config=SMALL, **kwargs):
-    run = functools.partial(function, config, **kwargs)
-    with jax.disable_jit():
-      return run(init(config), *args)
+  def call(self, function, *args):
+    return jitted(function)(init(SMALL), *args)
 
   def test_rendering_view_by_view_is_all_at_once(self):
     want = self.call(lact_views.predict, RAYS, IMAGE)
@@ -144,9 +148,8 @@ class ModelTest(parameterized.TestCase):
     known = np.array([[True, True, False], [True, False, False]])
     got = self.call(lact_views.predict, RAYS, IMAGE, known)
     for row, num in ((0, 2), (1, 1)):
-      cut = slice(row, row + 1)
-      want = self.call(lact_views.predict, RAYS[cut], IMAGE[cut, :num])
-      np.testing.assert_allclose(got[cut], want, atol=2e-7, rtol=0)
+      want = self.call(lact_views.predict, RAYS, IMAGE[:, :num])
+      np.testing.assert_allclose(got[row], want[row], atol=2e-7, rtol=0)
     noisy = np.where(known[..., None, None, None], IMAGE, 7.0)
     again = self.call(lact_views.predict, RAYS, noisy, known)
     np.testing.assert_array_equal(again, got)
@@ -169,17 +172,26 @@ class ModelTest(parameterized.TestCase):
   def test_stack_equals_separate_blocks(self):
     params = init(SMALL)
     want = self.call(lact_views.reconstruct, RAYS[:, :3], IMAGE)
-    model = lact_views.LactViews(SMALL)
-    with jax.disable_jit():
-      x = model.apply(
-        {"params": params}, RAYS[:, :3], IMAGE, None, method="_tokens"
+    # patches of 2x2 pixels by rows, 12 channels each
+    rays = RAYS[:, :3]
+    moment = np.cross(rays[..., :3], rays[..., 3:])
+    pixels = np.concatenate([rays, moment, 2 * IMAGE - 1], -1)
+    patches = [
+      pixels[:, :, r : r + 2, c : c + 2].reshape(2, 3, 48)
+      for r in (0, 2)
+      for c in (0, 2, 4)
+    ]
+    x = np.stack(patches, 2) @ params["in"]["kernel"]
+    block = quick_jit(
+      lambda params, x: lact_views.Block(SMALL, 3).apply(
+        {"params": params}, x, None, None
       )
-      for i in range(SMALL.depth):
-        one = jax.tree.map(lambda p, i=i: p[i], params["layers"])
-        block = lact_views.Block(SMALL, 3)
-        x, state = block.apply({"params": one}, x, None, None)
-        for got, w in zip(state, want, strict=True):
-          assert_close(got, w[i], 1e-11)
+    )
+    for i in range(SMALL.depth):
+      one = jax.tree.map(lambda p, i=i: p[i], params["layers"])
+      x, state = block(one, x)
+      for got, w in zip(state, want, strict=True):
+        assert_close(got, w[i], 1e-11)
 
   def test_float32_parameters_bfloat16_products(self):
     config = dataclasses.replace(SMALL, dtype="bfloat16", param_dtype="float32")
