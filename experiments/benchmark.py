@@ -2,6 +2,7 @@
 
   python -m giantsteps.experiments.benchmark --suite samplers
   python -m giantsteps.experiments.benchmark --suite large_batch
+  python -m giantsteps.experiments.benchmark --suite lact --official CHECKOUT
   python -m giantsteps.experiments.benchmark --suite recall --seeds 3
   python -m giantsteps.experiments.benchmark --suite long_text --seeds 3
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
@@ -13,7 +14,11 @@ Gaussians, for our default and for every public solver; microseconds per step
 when the model is free; both beside diffusers where it is installed, else beside
 its recorded figures (experiments/results/samplers.json). large_batch: one
 update of LAMB against optax.lamb (time, compile time, bytes), and the
-collectives of a training step compiled for sixteen TPU chips. recall: trains
+collectives of a training step compiled for sixteen TPU chips. lact: tokens per
+second of LaCT's operator by size of its chunks, on this machine, beside the
+authors' under torch.compile where a checkout of their repository is given
+(--official; on a CPU their compilation takes minutes, TORCHDYNAMO_DISABLE=1 in
+the environment leaves it out), and what bfloat16 does to its gradients. recall: trains
 LaCT with each inner optimizer to remember pairs, loss by position beside that
 of a perfect memory. long_text: trains LaCT, window attention and full attention
 of equal cost on source code, loss by position. digits: Frechet
@@ -32,6 +37,7 @@ import pathlib
 import time
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags, logging
 
@@ -40,6 +46,8 @@ from giantsteps.experiments.harness import (
   data,
   diffusers_peers,
   digits_quality,
+  lact_precision,
+  lact_speed,
   large_batch_speed,
   memory_studies,
   metrics,
@@ -63,7 +71,7 @@ _SUITE = flags.DEFINE_enum(
   "suite",
   None,
   [
-    *("samplers", "large_batch", "recall", "long_text"),
+    *("samplers", "large_batch", "lact", "recall", "long_text"),
     *("digits", "text", "views"),
   ],
   "What is measured.",
@@ -78,8 +86,16 @@ _WORKDIR = flags.DEFINE_string(
 _ROUNDS = flags.DEFINE_integer(
   "rounds",
   None,
-  "Of the timings; samplers: 9, 0 for none; large_batch: 30.",
+  "Of the timings; samplers: 9, 0 for none; large_batch: 30; lact: 5.",
   lower_bound=0,
+)
+_OFFICIAL = flags.DEFINE_string(
+  "official", None, "lact: folder of the authors' repository; its code is run."
+)
+_CHUNKS = flags.DEFINE_list(
+  "chunks",
+  [str(chunk) for chunk in lact_speed.CHUNKS],
+  "lact: sizes of chunks, in tokens.",
 )
 _SEEDS = flags.DEFINE_integer(
   "seeds", 3, "recall, long_text: trainings of each model.", lower_bound=1
@@ -102,10 +118,10 @@ _SCENES = flags.DEFINE_integer(
 def main() -> int:
   """Runs the suite of the flags."""
   start = time.time()
-  if _SUITE.value in ("samplers", "large_batch"):
+  untrained = {"samplers": samplers, "large_batch": updates, "lact": operator}
+  if _SUITE.value in untrained:
     workdir = pathlib.Path(_WORKDIR.value or "runs/benchmark")
-    suite = samplers if _SUITE.value == "samplers" else updates
-    result = suite(workdir)
+    result = untrained[_SUITE.value](workdir)
   elif _SUITE.value in ("recall", "long_text"):
     workdir = pathlib.Path(_WORKDIR.value or f"runs/benchmark_{_SUITE.value}")
     _make(workdir)
@@ -192,6 +208,27 @@ def updates(workdir: pathlib.Path) -> dict:
   print("\nbert_smoke on 16 chips of TPU v5e, per chip and step")
   print(pod.table(steps))
   return {"update": speed, "steps": steps}
+
+
+def operator(workdir: pathlib.Path) -> dict:
+  """LaCT's operator: speed by chunk size, and errors of bfloat16."""
+  _make(workdir)
+  for chunk in _CHUNKS.value:
+    if not chunk.isdecimal() or not int(chunk):
+      raise config_lib.InputError(f"--chunks {chunk}: wants numbers above 0")
+  shapes = lact_speed.SHAPES.get(jax.default_backend())
+  speed = lact_speed.measure(
+    shapes or lact_speed.SHAPES["other"],
+    [int(chunk) for chunk in _CHUNKS.value],
+    rounds=5 if _ROUNDS.value is None else max(2, _ROUNDS.value),
+    official=pathlib.Path(_OFFICIAL.value) if _OFFICIAL.value else None,
+    report=print,
+  )
+  precision = [row for d in (32, 128, 256) for row in lact_precision.measure(d)]
+  print("\nerrors of bfloat16, relative to float32; three chunks of 4 d tokens")
+  for row in precision:
+    print(_figures(row))
+  return {"speed": speed, "precision": precision}
 
 
 def memory(workdir: pathlib.Path) -> dict:

@@ -65,7 +65,9 @@ def _problem(d: int, seed: int) -> tuple[dict, np.ndarray]:
 def _run(inputs: dict, cotangent: Any, dtype: str, ns_dtype: str, kind: str):
   def loss(x):
     out, _ = lact.fast_weight_scan(
-      *(x[name].astype(dtype) for name in "qkv"),
+      x["q"].astype(dtype),
+      x["k"].astype(dtype),
+      x["v"].astype(dtype),
       x["rates"],
       x["weights"],
       chunk_size=x["q"].shape[1] // 3,
@@ -81,9 +83,10 @@ def _run(inputs: dict, cotangent: Any, dtype: str, ns_dtype: str, kind: str):
 
 def _compare(got: tuple, exact: tuple) -> dict[str, float]:
   flat = lambda x: np.asarray(x, np.float64).ravel()
-  error = lambda a, b: (
-    np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b))
-  )
+
+  def error(a, b) -> float:
+    return float(np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b)))
+
   (out, grads), (exact_out, exact_grads) = got, exact
   names = ("k", "v", "rates", "weights")
   pairs = [
@@ -101,6 +104,6 @@ def _compare(got: tuple, exact: tuple) -> dict[str, float]:
   return {
     "output": error(out, exact_out),
     "gradient_q": error(grads["q"], exact_grads["q"]),
-    "gradient_others": np.mean([error(a, b) for a, b in pairs]),
-    "cosine": a @ b / (np.linalg.norm(a) * np.linalg.norm(b)),
+    "gradient_others": float(np.mean([error(a, b) for a, b in pairs])),
+    "cosine": float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b))),
   }

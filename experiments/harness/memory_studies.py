@@ -5,6 +5,7 @@ interrupted goes on where it stopped, model by model and step by step.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -22,13 +23,14 @@ from giantsteps.models import lact, transformer
 
 
 def recall(overrides: list[str]) -> dict[str, config_lib.Config]:
-  """Config `recall` with each inner optimizer."""
+  """Config `recall` with each inner optimizer, Muon also in bfloat16."""
   base = config_lib.load("recall", overrides)
   inner = {
     "gradient descent": {"muon": False},
     "momentum": {"muon": False, "momentum": True},
     "Muon": {"muon": True},
     "Muon, prenorm": {"muon": True, "prenorm": True},
+    "Muon, prenorm, bfloat16": {"prenorm": True, "ns_dtype": "bfloat16"},
   }
   return {name: _replace(base, **change) for name, change in inner.items()}
 
@@ -62,11 +64,13 @@ def long_text(overrides: list[str]) -> dict[str, config_lib.Config]:
 
 def forward_flops(model: Any, length: int) -> float:
   """Of matrix products, logits of one row of `length` tokens."""
-  module = lact if isinstance(model, lact.Config) else transformer
-  network = (lact.Lact if module is lact else transformer.Transformer)(model)
+  if isinstance(model, lact.Config):
+    network, logits = lact.Lact(model), lact.logits
+  else:
+    network, logits = transformer.Transformer(model), transformer.logits
   tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
   params = jax.eval_shape(network.init, jax.random.key(0), tokens)["params"]
-  run = lambda params, tokens: module.logits(model, params, tokens)
+  run = functools.partial(logits, model)
   return flops.count(jax.make_jaxpr(run)(params, tokens))
 
 

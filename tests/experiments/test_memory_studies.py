@@ -68,11 +68,11 @@ def test_a_budget_below_attention_is_refused():
 
 def test_inner_optimizers_differ_in_nothing_else():
   configs = memory_studies.recall([])
+  plain = {"muon": True, "momentum": False, "prenorm": False, "ns_dtype": None}
   settings = {
-    (c.model.muon, c.model.momentum, c.model.prenorm) for c in configs.values()
+    tuple(getattr(c.model, name) for name in plain) for c in configs.values()
   }
   assert len(settings) == len(configs)
-  plain = {"muon": True, "momentum": False, "prenorm": False}
   same = [dataclasses.replace(c.model, **plain) for c in configs.values()]
   assert len(set(same)) == 1
 

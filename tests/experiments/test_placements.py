@@ -1,7 +1,7 @@
 """One config on one device and on eight, placed in every way: same losses."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ def make_config(
   model: str = "transformer",
   shards: int = 0,
   accumulate: int = 1,
-  optimizer: str = "lamb",
+  optimizer: Literal["lamb", "lars"] = "lamb",
 ) -> config.Config:
   return config.Config(
     task="flow" if model == "dit" else "masked",
