@@ -5,10 +5,13 @@ f_W(x) = W1 (silu(W0 x) * (W2 x)), "Test-Time Training Done Right"
 """
 
 import jax
+import jax.numpy as jnp
 
+from giantsteps.kernels_pallas import precision
 from giantsteps.kernels_pallas.precision import einsum as _dot
 
 Weights = tuple[jax.Array, jax.Array, jax.Array]  # W0, W1, W2
+EPSILON = 1e-5  # added to the length of a row
 
 
 def apply(weights: Weights, q: jax.Array) -> jax.Array:
@@ -56,3 +59,38 @@ def gradient(
   d1 = _dot("ncd,nch->ndh", v, eta1 * (a * u), k)
   d2 = _dot("nch,ncd->nhd", eta2 * (p * a), k, k)
   return d0, d1, d2
+
+
+def update(
+  total: Weights,
+  step: Weights,
+  norms: Weights | None = None,
+  momentum: tuple[jax.Array, Weights] | None = None,
+  *,
+  keep_total: bool = False,
+) -> tuple[Weights, Weights | None, Weights]:
+  """Momentum, step and row lengths: what the memory is after a write.
+
+  M = D + mu M, Z = Z + M, W = Z / (|row of Z| + 1e-5) n.
+
+  Args:
+    total: Z, the weights, or with pre-norm the sum of all steps: [N, h, d],
+      [N, d, h], [N, h, d], float32 or wider.
+    step: D, of the same shapes and dtypes.
+    norms: n, three [N, rows, 1]; None leaves the lengths: W = Z.
+    momentum: mu [N, 1, 1] and the buffers M; None is mu = 0.
+    keep_total: returns Z beside W.
+
+  Returns:
+    W, Z (None unless `keep_total`) and M, each in the dtype of `total`.
+  """
+  if momentum is not None:
+    mu, buffer = momentum
+    step = jax.tree.map(lambda d, m: d + mu * m, step, buffer)
+  total = jax.tree.map(jnp.add, total, step)
+  weights = total
+  if norms is not None:
+    weights = jax.tree.map(
+      lambda z, n: z / (precision.length(z, -1) + EPSILON) * n, total, norms
+    )
+  return weights, total if keep_total else None, step

@@ -1,0 +1,120 @@
+"""The operations of the memory: which body runs, and their derivatives."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+
+from giantsteps.kernels_pallas import dispatch
+from giantsteps.kernels_pallas.fast_weight import reference, tpu
+from giantsteps.kernels_pallas.fast_weight.reference import Weights
+
+
+def apply(
+  weights: Weights, q: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+  """Reads the memory, see `reference.apply`; XLA everywhere.
+
+  Args:
+    weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d].
+    q: [N, C, d].
+    implementation: None or "xla".
+
+  Returns:
+    [N, C, d] in q.dtype.
+  """
+  call = functools.partial(dispatch.call, implementation=implementation)
+  return call(weights, q, xla=reference.apply)
+
+
+def gradient(
+  weights: Weights,
+  k: jax.Array,
+  v: jax.Array,
+  learning_rates: Weights,
+  *,
+  implementation: str | None = None,
+) -> Weights:
+  """What a chunk writes, see `reference.gradient`: D0, D1, D2.
+
+  Args:
+    weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d].
+    k: [N, C, d].
+    v: [N, C, d].
+    learning_rates: three [N, C, 1], for W0, W1, W2.
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
+      the compiler estimates it faster than XLA, by platform and shape.
+
+  Returns:
+    D0 [N, h, d], D1 [N, d, h], D2 [N, h, d], float32 or wider.
+  """
+  d, h = k.shape[2], weights[0].shape[1]
+  pays = k.dtype == "bfloat16" and k.shape[1] >= 1024 and d % 128 == 0
+  pays = pays and h % 128 == 0 and min(d, h) >= 384
+  call = _choose(reference.gradient, tpu.gradient, implementation, pays)
+  return call(weights, k, v, learning_rates)
+
+
+def update(
+  total: Weights,
+  step: Weights,
+  norms: Weights | None = None,
+  momentum: tuple[jax.Array, Weights] | None = None,
+  *,
+  keep_total: bool = False,
+  implementation: str | None = None,
+) -> tuple[Weights, Weights | None, Weights]:
+  """The memory after a write, see `reference.update`: W, Z, M.
+
+  Args:
+    total: Z: three [N, rows, columns], float32 or wider.
+    step: D, likewise.
+    norms: n, three [N, rows, 1]; None leaves the lengths of the rows.
+    momentum: mu [N, 1, 1] and the buffers M; None is mu = 0.
+    keep_total: returns Z beside W.
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
+      the compiler estimates it faster than XLA.
+
+  Returns:
+    W, Z (None unless `keep_total`) and M.
+  """
+  pays = norms is not None and all(
+    z.dtype == "float32" and min(z.shape[1:]) >= 384 and _aligned(z)
+    for z in total
+  )
+  call = _choose(
+    functools.partial(reference.update, keep_total=keep_total),
+    functools.partial(tpu.update, keep_total=keep_total),
+    implementation,
+    pays,
+  )
+  return call(total, step, norms, momentum)
+
+
+def _aligned(x: jax.Array) -> bool:
+  return not any(size % 128 for size in x.shape[-2:])
+
+
+def _choose(
+  xla: Callable, kernel: Callable, implementation: str | None, pays: bool
+) -> Callable:
+  """The reference, or a kernel by platform with the reference's derivatives.
+
+  The derivative is that of the reference in forward and in reverse mode, and
+  of any order. It keeps the operands and nothing else: what it needs of the
+  inside, it computes again.
+  """
+  if implementation in (None, "xla") and not (implementation is None and pays):
+    return xla
+  run = jax.custom_jvp(
+    functools.partial(
+      dispatch.call, xla=xla, pallas_tpu=kernel, implementation=implementation
+    )
+  )
+
+  @run.defjvp
+  def _(operands, tangents):
+    push = jax.checkpoint(lambda x, t: jax.jvp(xla, x, t)[1])
+    return run(*operands), push(operands, tangents)
+
+  return run

@@ -1,0 +1,286 @@
+"""TPU bodies of writing to the fast weights.
+
+Weights and features lie transposed on chip, [h, d] and [h, tokens]: then no
+product needs a transposed left side, and the rate of a token is a row.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from giantsteps.kernels_pallas.fast_weight.reference import EPSILON, Weights
+
+_BETWEEN = (((1,), (1,)), ((), ()))  # a b^T
+_PLAIN = (((1,), (0,)), ((), ()))  # a b
+_LANES = 128
+_VMEM = 60 * 2**20  # bytes: what a v5p has, less than the others
+
+
+def gradient(
+  weights: Weights,
+  k: jax.Array,
+  v: jax.Array,
+  learning_rates: Weights,
+  *,
+  tile: int = 256,
+  rows: int = 512,
+  interpret: Any = False,
+) -> Weights:
+  """`reference.gradient` in one kernel: g, u and p never leave the chip.
+
+  Sizes that are no multiple of a tile are padded with zeros, which write
+  nothing; the model's sizes need none but in the tokens.
+
+  Args:
+    weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d]; rounded to k.dtype on
+      chip.
+    k: [N, C, d] bfloat16 or float32.
+    v: [N, C, d] in k.dtype.
+    learning_rates: three [N, C, 1], for W0, W1, W2.
+    tile: tokens of one product, a multiple of 128: the width of the chip's
+      matrix unit, 256 from v6e on and 128 before.
+    rows: most hidden rows of one program, a multiple of 128.
+    interpret: runs on a CPU, slowly; for tests.
+
+  Returns:
+    D0 [N, h, d], D1 [N, d, h], D2 [N, h, d] float32.
+  """
+  n, length, d = k.shape
+  h = weights[0].shape[1]
+  most = pl.cdiv(length, tile)
+  tiles = pl.cdiv(most, pl.cdiv(most, 1024 // tile))
+  rates = jnp.stack([x[..., 0] for x in learning_rates], 1)
+  rates = _padded(rates.astype(jnp.float32), 2, tile * tiles)
+  rates = rates.reshape(n, 3, -1, 1, tile)
+  k, v = (
+    _padded(_padded(x, 1, tile * tiles), 2, _LANES)
+    for x in (k, v.astype(k.dtype))
+  )
+  w0, w1, w2 = (_padded(_padded(w, 1, _LANES), 2, _LANES) for w in weights)
+  h_padded, d_padded = w0.shape[1:]
+  rows = _divisor(h_padded, rows)
+  token = pl.BlockSpec(
+    (None, tile * tiles, d_padded), lambda n, i, t: (n, t, 0)
+  )
+  up = pl.BlockSpec((None, rows, d_padded), lambda n, i, t: (n, i, 0))
+  down = pl.BlockSpec((None, d_padded, rows), lambda n, i, t: (n, 0, i))
+  rate = pl.BlockSpec(
+    (None, 3, tiles, 1, tile), lambda n, i, t: (n, 0, t, 0, 0)
+  )
+  operands = (w0, w1, w2, k, v, rates)
+  products = 6 * n * k.shape[1] * h_padded * d_padded
+  d0, d1, d2 = pl.pallas_call(
+    functools.partial(_gradient_body, tile=tile, strip=_divisor(rows, 256)),
+    grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
+    in_specs=[up, down, up, token, token, rate],
+    out_specs=[up, down, up],
+    out_shape=[_out(w.shape, operands) for w in (w0, w1, w2)],
+    scratch_shapes=[
+      pltpu.VMEM((3, rows, d_padded), k.dtype),
+      pltpu.VMEM((rows, d_padded), jnp.float32),
+      pltpu.VMEM((tiles, 4, rows, tile), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=_VMEM,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * products,
+      transcendentals=products // 6 // d_padded,
+      bytes_accessed=sum(x.nbytes for x in operands) + 3 * w0.size * 4,
+    ),
+    interpret=interpret,
+    name="fast_weight_gradient",
+  )(*operands)
+  return d0[:, :h, :d], d1[:, :d, :h], d2[:, :h, :d]
+
+
+def _gradient_body(
+  w0_ref, w1_ref, w2_ref, k_ref, v_ref, rates_ref,
+  d0_ref, d1_ref, d2_ref,
+  weights, d1_transposed, features,
+  *, tile, strip,
+):  # fmt: skip
+  """One block of hidden rows and one of tokens; tokens come innermost.
+
+  Each loop is a phase with few values alive, so that the compiler keeps them
+  in registers: one straight body overlaps more and spills thousands.
+  """
+  rows, dtype = w0_ref.shape[0], k_ref.dtype
+  tiles = k_ref.shape[0] // tile
+
+  @pl.when(pl.program_id(2) == 0)
+  def _():
+    for r in (pl.ds(i, _LANES) for i in range(0, rows, _LANES)):
+      weights[0, r] = w0_ref[r].astype(dtype)
+      weights[1, r] = w2_ref[r].astype(dtype)
+      weights[2, r] = w1_ref[:, r].T.astype(dtype)
+      for out in (d0_ref, d2_ref, d1_transposed):
+        out[r] = jnp.zeros((_LANES, out.shape[1]), out.dtype)
+
+  def tokens(i):
+    return pl.ds(pl.multiple_of(i * tile, tile), tile)
+
+  def project(i):  # g, u, p
+    features[i, 0] = _dot(weights[0], k_ref[tokens(i)], _BETWEEN)
+    features[i, 1] = _dot(weights[1], k_ref[tokens(i)], _BETWEEN)
+    features[i, 2] = _dot(weights[2], v_ref[tokens(i)], _BETWEEN)
+
+  def write_down(i):  # D1; a and silu'(g) for the others
+    def part(j):
+      r = pl.ds(pl.multiple_of(j * strip, strip), strip)
+      g = features[i, 0, r]
+      s = jax.nn.sigmoid(g)
+      a = g * s
+      features[i, 0, r] = a
+      features[i, 3, r] = s * (1 + g - a)
+      x = (rates_ref[1, i] * (a * features[i, 1, r])).astype(dtype)
+      d1_transposed[r] += _dot(x, v_ref[tokens(i)], _PLAIN)
+
+    _loop(rows // strip, part)
+
+  def write_up(i):  # D0, D2
+    a, u, p, slope = (features[i, j] for j in range(4))
+    x = (rates_ref[2, i] * (p * a)).astype(dtype)
+    d2_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
+    x = (rates_ref[0, i] * (p * (u * slope))).astype(dtype)
+    d0_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
+
+  for phase in (project, write_down, write_up):
+    _loop(tiles, phase)
+
+  @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+  def _():
+    d1_ref[...] = d1_transposed[...].T
+
+
+def update(
+  total: Weights,
+  step: Weights,
+  norms: Weights | None = None,
+  momentum: tuple[jax.Array, Weights] | None = None,
+  *,
+  keep_total: bool = False,
+  interpret: Any = False,
+) -> tuple[Weights, Weights | None, Weights]:
+  """`reference.update`: every array is read once and written once.
+
+  Args:
+    total: Z, three [N, rows, columns] float32.
+    step: D, likewise.
+    norms: n, three [N, rows, 1]; None leaves the lengths of the rows.
+    momentum: mu [N, 1, 1] and the buffers M.
+    keep_total: returns Z beside W.
+    interpret: runs on a CPU, slowly; for tests.
+
+  Returns:
+    W, Z (None unless `keep_total`) and M.
+  """
+  lengths = norms if norms is not None else (None,) * 3
+  mu, buffers = momentum if momentum is not None else (None, (None,) * 3)
+  parts = [
+    _update_one(*parts, mu, keep_total, interpret)
+    for parts in zip(total, step, lengths, buffers, strict=True)
+  ]
+  weights, totals, buffers = zip(*parts, strict=True)
+  return weights, totals if keep_total else None, buffers
+
+
+def _update_one(total, step, norm, buffer, mu, keep_total, interpret):
+  """One matrix: W, Z, M; a block is some rows, whole."""
+  n, rows, columns = total.shape
+  fits = 2**19 // columns // 8 * 8  # rows whose blocks take 2 MiB each
+  block = max([r for r in range(8, fits + 1, 8) if rows % r == 0] or [rows])
+  matrix = pl.BlockSpec((None, block, columns), lambda n, i: (n, i, 0))
+  row = pl.BlockSpec((None, block, 1), lambda n, i: (n, i, 0))
+  scalar = pl.BlockSpec((None, 1, 1), lambda n, i: (n, 0, 0))
+  given = {"z": (total, matrix), "d": (step, matrix)}
+  if norm is not None:
+    given["n"] = (norm, row)
+  if buffer is not None:
+    given |= {"m": (buffer, matrix), "mu": (mu, scalar)}
+  wanted = ["w"]
+  if norm is not None and keep_total:
+    wanted.append("z")
+  if buffer is not None:
+    wanted.append("m")
+
+  def body(*refs):
+    read = {k: r[...] for k, r in zip(given, refs[: len(given)], strict=True)}
+    write = dict(zip(wanted, refs[len(given) :], strict=True))
+    m = read["d"]
+    if buffer is not None:
+      m += read["mu"] * read["m"]
+      write["m"][...] = m
+    w = z = read["z"] + m
+    if norm is not None:
+      size = jnp.sqrt(jnp.sum(z * z, axis=1, keepdims=True))
+      w = z * (read["n"] / (size + EPSILON))
+      if keep_total:
+        write["z"][...] = z
+    write["w"][...] = w
+
+  operands = tuple(x for x, _ in given.values())
+  out = pl.pallas_call(
+    body,
+    grid=(n, rows // block),
+    in_specs=[spec for _, spec in given.values()],
+    out_specs=[matrix] * len(wanted),
+    out_shape=[_out(total.shape, operands)] * len(wanted),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=8 * total.size,
+      transcendentals=n * rows,
+      bytes_accessed=(len(operands) + len(wanted)) * total.nbytes,
+    ),
+    interpret=interpret,
+    name="fast_weight_update",
+  )(*operands)
+  found = dict(zip(wanted, out, strict=True))
+  return found["w"], found.get("z", found["w"]), found.get("m", step)
+
+
+def _loop(trips, body):
+  """A loop that stays one: what it holds is scheduled alone."""
+  jax.lax.fori_loop(0, trips, lambda i, _: (body(i), None)[1], None)
+
+
+def _dot(a, b, contract):
+  highest = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    contract,
+    precision=jax.lax.Precision.HIGHEST if highest else None,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def _padded(x: jax.Array, axis: int, multiple: int) -> jax.Array:
+  """Zeros up to a multiple along an axis."""
+  missing = -x.shape[axis] % multiple
+  if not missing:
+    return x
+  widths = [(0, missing if i == axis else 0) for i in range(x.ndim)]
+  return jnp.pad(x, widths)
+
+
+def _divisor(size: int, most: int) -> int:
+  """The largest multiple of 128 that divides `size` and is <= `most`."""
+  return max(
+    r for r in range(_LANES, min(size, most) + 1, _LANES) if size % r == 0
+  )
+
+
+def _out(shape, operands):
+  """A float32 result that varies over the mesh as the operands do."""
+  kinds = [jax.typeof(x).manual_axis_type for x in operands]
+  varying = frozenset().union(*(kind.varying for kind in kinds))
+  kind = jax.sharding.ManualAxisType(varying=varying)
+  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
