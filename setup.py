@@ -22,6 +22,14 @@ EXTRAS = {
   "tpu": ["jax[tpu]"],
   "cuda12": ["jax[cuda12]"],
   "cuda13": ["jax[cuda13]"],
+  # compiles for the H200 without a GPU or driver; CUDA's libraries stay away
+  "gpu_compile": [
+    "jax-cuda12-plugin",  # of the same version as jax
+    "jax-cuda12-pjrt",
+    "nvidia-cuda-runtime-cu12",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink-cu12",
+  ],
   "notebooks": [*DEMO, "jupyterlab", "ipywidgets"],
   "tensorboard": ["tensorboardX"],
   "peers": ["diffusers", "torch", "matplotlib"],  # what benchmark compares with

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -89,23 +90,33 @@ def compile_kernels(
 
   Raises:
     ValueError: by Mosaic GPU, if a kernel wants more than `SHARED_MEMORY`.
+    RuntimeError: if this process has compiled the program before.
   """
   before = {name: os.environ.get(name) for name in _DUMPS}
   os.environ.update(dict.fromkeys(_DUMPS, "1"))
   try:
-    with _printed() as text:
+    with _printed() as text, warnings.catch_warnings():
+      # a compilation cache cannot hold programs of machines that are not here
+      warnings.filterwarnings("ignore", "Error reading persistent compilation")
       compiled = lowered.compile()
   finally:
     for name, value in before.items():
-      os.environ.pop(name) if value is None else os.environ.update(
-        {name: value}
-      )
-  return compiled, kernels("".join(text))
+      if value is None:
+        del os.environ[name]
+      else:
+        os.environ[name] = value
+  found = kernels("".join(text))
+  if not found and "mosaic_gpu" in (compiled.as_text() or ""):
+    raise RuntimeError(
+      "jax kept this program from an earlier compilation: call "
+      "jax.clear_caches() or compile another function"
+    )
+  return compiled, found
 
 
 @contextlib.contextmanager
 def _printed() -> Iterator[list[str]]:
-  """What this process prints meanwhile, compilers in C++ included."""
+  """What this process prints meanwhile, its C++ included."""
   text = []
   streams = (sys.stdout, sys.stderr)
   with tempfile.TemporaryFile() as file:
@@ -138,7 +149,9 @@ def kernels(text: str) -> list[Kernel]:
   found = []
   for part in re.split(r"Compiling entry function ", text)[1:]:
     name = part[1 : part.index("'", 1)]
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", part)
+    spills = re.search(
+      r"(\d+) bytes spill stores, (\d+) bytes spill loads", part
+    )
     registers = re.search(r"Used (\d+) registers", part)
     if spills is None or registers is None or name not in shared:
       raise ValueError(f"ptxas of another kind, for {name}: {part[:500]}")

@@ -269,7 +269,7 @@ def _hidden(
           pipeline(accumulators)
           finish([x[...] for x in accumulators])
 
-        accumulator = plgpu.ACC((ROWS, COLUMNS), jnp.float32)
+        accumulator = plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32)
         pl.run_scoped(accumulate, *([accumulator] * len(factors)))
 
       def finish(products):
@@ -310,15 +310,21 @@ def _hidden(
 
     pl.run_scoped(
       scope,
-      plgpu.SMEM((2, len(places), ROWS, STORE), dtype, transforms=_tiled(STORE)),
-      None if rates is None else plgpu.SMEM((2, rates.shape[1], ROWS), jnp.float32),
+      plgpu.SMEM(
+        (2, len(places), ROWS, STORE), dtype, transforms=_tiled(STORE)
+      ),
+      None
+      if rates is None
+      else plgpu.SMEM((2, rates.shape[1], ROWS), jnp.float32),
       None if rates is None else plgpu.Barrier(num_barriers=2),
       collective_axes="warpgroup",
     )
 
   kernel = plgpu.kernel(
     body,
-    out_type=[jax.ShapeDtypeStruct((n, c, count * h), dtype) for count in outputs],
+    out_type=[
+      jax.ShapeDtypeStruct((n, c, count * h), dtype) for count in outputs
+    ],
     grid=(n, pl.cdiv(c, BLOCK), h // COLUMNS),
     grid_names=("matrix", "block", "column"),
     num_threads=3,
