@@ -3,6 +3,7 @@ learning rates of tokens, initial weights."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 
 from giantsteps.kernels_pallas import precision
 from giantsteps.kernels_pallas.fast_weight import Weights
+from giantsteps.models import partitioning
+from giantsteps.models.fast_weights import State, fast_weight_scan
 
 
 def split(x: jax.Array, num_heads: int) -> jax.Array:
@@ -79,3 +82,45 @@ def for_rows(weights: Weights, batch: int) -> Weights:
   """[H, ...] of a layer -> [B H, ...], the same for every row of a batch."""
   w0, w1, w2 = (jnp.tile(w, (batch, 1, 1)) for w in weights)
   return w0, w1, w2
+
+
+def scan(
+  num_heads: int,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  learning_rates: Weights,
+  weights: Weights,
+  *,
+  momentum: jax.Array | None = None,
+  **options: Any,
+) -> tuple[jax.Array, State]:
+  """`fast_weight_scan` of all heads of a batch, each device its own.
+
+  Heads and rows of a batch never meet, and a kernel is no program that the
+  partitioner could split: on a mesh every device runs those it holds.
+
+  Args:
+    num_heads: H.
+    q, k, v: [B H, T, d].
+    learning_rates: three [B H, T, 1].
+    weights: W0, W1, W2 [B H, ., .].
+    momentum: [B H, T, 1] or None.
+    **options: static keywords of `fast_weight_scan`.
+
+  Returns:
+    As it does.
+  """
+  arrays = (q, k, v, learning_rates, weights, momentum)
+  apart = lambda x: x.reshape(-1, num_heads, *x.shape[1:])
+  rows = lambda x: x.reshape(-1, *x.shape[2:])
+
+  def run(arrays):
+    *tokens, momentum = jax.tree.map(rows, arrays)
+    found = fast_weight_scan(*tokens, momentum=momentum, **options)
+    heads = arrays[0].shape[1]
+    split = lambda x: x.reshape(-1, heads, *x.shape[1:])
+    return jax.tree.map(split, found)
+
+  arrays = jax.tree.map(apart, arrays)
+  return jax.tree.map(rows, partitioning.by_rows_and_heads(run)(arrays))

@@ -16,6 +16,7 @@ from giantsteps.kernels_pallas import dispatch, precision
 from giantsteps.kernels_pallas.fast_weight import Weights
 from giantsteps.kernels_pallas.newton_schulz import newton_schulz
 from giantsteps.models import (
+  fast_heads,
   fast_weight_decode,
   lact_cache,
   layers,
@@ -225,7 +226,11 @@ class LactLayer(nn.Module):
       out = layers.attention(*near, causal=cfg.causal, window=cfg.window)
     out = out.reshape(x.shape)
     fast_q, fast_k = self._rescale(q, "q"), self._rescale(k, "k")
-    fast_q, fast_k = (self._unit(nn.silu(y)) for y in (fast_q, fast_k))
+    fast = (*x.shape[:2], cfg.fast_heads, cfg.fast_dim)
+    fast_q, fast_k = (
+      fast_heads.unit(nn.silu(y).reshape(fast)).reshape(x.shape)
+      for y in (fast_q, fast_k)
+    )
     if cfg.fast_rope:
       fast_q, fast_k = rotate(fast_q), rotate(fast_k)
     fast_v = nn.silu(v) if cfg.fast_silu_v else v
@@ -265,30 +270,17 @@ class LactLayer(nn.Module):
     scale, offset = (y.astype(x.dtype)[None, None] for y in (scale, offset))
     return x * scale + offset
 
-  def _unit(self, x: jax.Array) -> jax.Array:
-    """x / (|x| + 1e-5) in each fast head, float32 or wider."""
-    y = x.reshape(*x.shape[:2], self.config.fast_heads, -1).astype(
-      precision.wide(x)
-    )
-    return (
-      (y / (precision.length(y, -1) + 1e-5)).astype(x.dtype).reshape(x.shape)
-    )
-
   def _fast(self, x, q, k, v, cache, lengths):
     """The fast-weight branch: q, k, v [B, T, D] -> [B, T, D], its state."""
     cfg = self.config
-    shape = (*x.shape[:2], cfg.fast_heads, cfg.fast_dim)
-    rows = lambda y: _rows(y.reshape(*shape[:3], -1))
-    rates = self._per_head(x, "rate", 3)  # [B, T, H, 3], for W0, W1, W2
-    rates = jax.nn.softplus(rates + math.log(math.expm1(cfg.rate)))
-    eta0, eta1, eta2 = (rows(eta) for eta in jnp.split(rates, 3, -1))
+    heads = cfg.fast_heads
     momentum = None
     if cfg.momentum:
-      momentum = rows(jax.nn.sigmoid(self._per_head(x, "momentum", 1)))
-    weights = jax.tree.map(
-      lambda w: jnp.tile(w, (shape[0], 1, 1)), self._weights()
-    )
-    tokens = rows(q), rows(k), rows(v), (eta0, eta1, eta2)
+      gate = jax.nn.sigmoid(self._per_head(x, "momentum", 1))
+      momentum = fast_heads.split(gate.reshape(*x.shape[:2], -1), heads)
+    rates = fast_heads.rates(self._per_head(x, "rate", 3), cfg.rate)
+    weights = fast_heads.for_rows(self._weights(), x.shape[0])
+    tokens = (*(fast_heads.split(y, heads) for y in (q, k, v)), rates)
     rule = {
       "muon": cfg.muon,
       "momentum": momentum,
@@ -299,7 +291,8 @@ class LactLayer(nn.Module):
       "implementation": cfg.implementation,
     }
     if cache is None:
-      out, state = fast_weight_scan(
+      out, state = fast_heads.scan(
+        heads,
         *tokens,
         weights,
         chunk_size=cfg.chunk_size,
@@ -315,8 +308,7 @@ class LactLayer(nn.Module):
       out, state = fast_weight_decode.prefill(
         *tokens, weights, chunk_size=cfg.chunk_size, lengths=each, **rule
       )
-    out = out.reshape(shape[0], shape[2], shape[1], shape[3])
-    out = _norm(cfg, "fast_norm")(jnp.swapaxes(out, 1, 2))
+    out = _norm(cfg, "fast_norm")(fast_heads.join(out, heads))
     if cfg.fast_gate:
       gate = nn.silu(self._per_head(x, "fast_gate", 1))
       out = out * gate.astype(out.dtype)
@@ -584,11 +576,6 @@ def _check_decodes(config: Config) -> None:
     raise ValueError(
       "causal=False: every token sees later ones, nothing can be kept"
     )
-
-
-def _rows(x: jax.Array) -> jax.Array:
-  """[B, T, H, d] -> [B H, T, d], as `fast_weight_scan` wants it."""
-  return jnp.swapaxes(x, 1, 2).reshape(-1, x.shape[1], x.shape[3])
 
 
 def _norm(config: Config, name: str) -> layers.RMSNorm:

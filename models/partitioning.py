@@ -13,7 +13,9 @@ The table is for the stacks of transformer.py, lact.py and dit.py; what it does
 not name is held whole by every device.
 """
 
+import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -111,6 +113,29 @@ def constrain_rows(x: jax.Array) -> jax.Array:
     return x
   rows = P(batch_axes(mesh), *[None] * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, rows)
+
+
+def by_rows_and_heads(function: Callable) -> Callable:
+  """function(tree) -> tree, leaves [B, H, ...]: every device runs its own.
+
+  Rows lie over the batch axes, heads over `model` where it divides them. The
+  function must treat each of them alone. Without a mesh, inside `shard_map` or
+  with rows that the axes do not divide, it is called as it is.
+  """
+
+  def call(tree):
+    mesh = automatic_mesh()
+    if mesh is None or mesh.size == 1:
+      return function(tree)
+    rows, heads = jax.tree.leaves(tree)[0].shape[:2]
+    axes = batch_axes(mesh)
+    if rows % math.prod(mesh.shape[axis] for axis in axes):
+      return function(tree)
+    split = mesh.shape.get("model", 1) > 1 and heads % mesh.shape["model"] == 0
+    place = P(axes, "model" if split else None)
+    return jax.shard_map(function, in_specs=(place,), out_specs=place)(tree)
+
+  return call
 
 
 def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:

@@ -164,7 +164,11 @@ def parse(text: str) -> list[Bundle]:
   bundles = []
   for chunk in chunks:
     regions = tuple(int(r) for r in _REGION.findall(chunk))
-    body = _COMMENT.sub("", _CORE.sub("smov.u32 0", chunk)).partition("{")[2].rpartition("}")[0]
+    body = (
+      _COMMENT.sub("", _CORE.sub("smov.u32 0", chunk))
+      .partition("{")[2]
+      .rpartition("}")[0]
+    )
     delays = sum(int(n) for n in re.findall(r"\b[vs]delay (\d+)", body))
     parsed = map(_instruction, body.split(";;"))
     scalars = tuple(x for x in parsed if x is not None)
