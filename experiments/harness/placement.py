@@ -61,16 +61,14 @@ def make(cfg: config_lib.Config, task: tasks_lib.Task, mesh: Mesh) -> Placement:
 def _plain(cfg, task, mesh):
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   places = partitioning.specs(shapes, mesh)
-  split = any(mesh.shape.get(axis, 1) > 1 for axis in ("fsdp", "model"))
-  # experts sort rows: their block must know which rows are its device's
-  experts = getattr(cfg.model, "num_experts", 0) and mesh.size > 1
 
   def gradient(params, arrays):
     mean = lambda: sharded_update.mean_gradient(
       task.loss, params, arrays, cfg.accumulate
     )
-    if not split and not experts:
+    if mesh.size == 1:
       return mean()
+    # experts and kernels must know which rows are their device's
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       loss, grads = mean()
     return loss, jax.lax.with_sharding_constraint(grads, shardings(grads))
