@@ -2,8 +2,8 @@
 the compiler for the H200, and parity on a GPU where there is one.
 
 The interpreter plays TMA copies, barriers and three warpgroups, and matrix
-products that finish at once: a missing wait for one would pass. Layouts and
-swizzles exist for the compiler only.
+products that finish at once: a missing wait for one, or a copy over the tiles
+that it reads, would pass. Layouts and swizzles exist for the compiler only.
 """
 
 import functools
@@ -29,7 +29,12 @@ try:
 except ImportError:  # before jax 0.11
   from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
-STRICT = InterpretGPUParams(detect_races=True, uninitialized_memory="nan")
+STRICT = InterpretGPUParams(
+  detect_races=True,
+  uninitialized_memory="nan",
+  # a clock per copy, or a wait for one would count as a wait for all
+  num_tma_threads_per_device=64,
+)
 # (N, C, d, h): language models of 760M and 3B, view synthesis, video chunks
 PRODUCTION = [
   (4, 2048, 384, 384),
