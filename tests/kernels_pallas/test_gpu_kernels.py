@@ -238,7 +238,10 @@ def test_resources_on_h200(chip, shape):
     assert kernel.spills == 0
     assert not kernel.serialized
     assert kernel.shared <= h200.SHARED_MEMORY
-    plain = jax.jit(getattr(reference, name)).lower(*given).compile()
+    plain, none = h200.compile_kernels(
+      jax.jit(getattr(reference, name)).lower(*given)
+    )
+    assert none == []
     assert h200.launches(compiled) <= h200.launches(plain)
     # g, u and p in float32 stay out of the device's memory
     temporary = lambda x: x.memory_analysis().temp_size_in_bytes
