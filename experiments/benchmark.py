@@ -395,7 +395,7 @@ def text(cfg, task, params: Any, dataset: data.Dataset) -> dict:
 def views(
   cfg, params: Any, dataset: data.Dataset, workdir: pathlib.Path
 ) -> dict:
-  """PSNR by number of input views; pictures of four scenes."""
+  """PSNR by number of input views; pictures of eight scenes."""
   result = views_quality.measure(cfg, params, dataset, _SCENES.value)
   pictures = result.pop("pictures")
   counts = [row["input_views"] for row in result["rows"]]

@@ -154,7 +154,7 @@ def positions(
   Returns:
     [len(clean) frames rows columns, 3] int64.
   """
-  grid = np.stack(np.indices((frames, rows, columns)), -1).reshape(-1, 3)
+  grid = np.indices((frames, rows, columns)).reshape(3, -1).T
   first = np.cumsum(clean) - np.asarray(clean)  # clean blocks before this one
   shift = first[:, None, None] * np.array([frames, 0, 0])
   return (grid + shift).reshape(-1, 3)

@@ -9,6 +9,7 @@ them, `render` reads them, in time independent of the number of input views.
 
 import dataclasses
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -249,7 +250,7 @@ class LactViews(nn.Module):
       length=cfg.depth,
       unroll=cfg.unroll,
     )
-    x, state = stack(cfg, num_written, name="layers")(x, state, known)
+    x, kept = stack(cfg, num_written, name="layers")(x, state, known)
     x = _norm(cfg, "norm")(x)
     x = nn.sigmoid(_dense(cfg, x, cfg.patch**2 * 3, "out").astype(jnp.float32))
     out = dit.unpatchify(
@@ -258,7 +259,7 @@ class LactViews(nn.Module):
       width // cfg.patch,
       cfg.patch,
     )
-    return out.reshape(batch, views, height, width, 3), state
+    return out.reshape(batch, views, height, width, 3), kept
 
   def _tokens(self, rays, image, known):
     """[B, V, T, D]: o, d, o x d and colour in [-1, 1] of each patch's pixels,
@@ -329,9 +330,8 @@ def render(
   return _apply(config, params, rays, state=state)[0]
 
 
-def _apply(config, params, *args, **kwargs):
-  out = LactViews(config).apply({"params": params}, *args, **kwargs)
-  assert isinstance(out, tuple)
+def _apply(config, params, *args, **kwargs) -> tuple[jax.Array, Weights]:
+  out: Any = LactViews(config).apply({"params": params}, *args, **kwargs)
   return out
 
 

@@ -33,8 +33,8 @@ def measure(
     mean and standard error over the scenes of the model's PSNR and of the
     baselines' (`mean_colour` of the inputs; `nearest_view`, a copy of the
     input whose camera is nearest to the target's), and "pictures": true
-    targets and rendered ones [scenes, counts + 1, S, S, 3] of the first four
-    scenes, the first target.
+    targets and rendered ones [scenes, counts + 1, S, S, 3] of the first
+    eight scenes, the first target.
   """
   counts = tasks_lib.view_counts(cfg.data.views)
   reconstruct = jax.jit(
@@ -81,7 +81,7 @@ def measure(
     "rows": rows,
     "gain": float(gain.mean()),
     "gain_standard_error": float(gain.std(ddof=1) / np.sqrt(len(gain))),
-    "pictures": np.concatenate(pictures)[:4],
+    "pictures": np.concatenate(pictures)[:8],
   }
 
 

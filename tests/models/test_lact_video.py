@@ -236,6 +236,7 @@ class LayerTest(parameterized.TestCase):
       state = after if clean else state
       own = slice(i * config.block, (i + 1) * config.block)
       np.testing.assert_allclose(out, want[:, own], atol=1e-12, rtol=0)
+    assert state is not None
     self.assertEqual(state.key.shape[1], min(config.cache, 2 * config.block))
     for a, b in zip(*map(jax.tree.leaves, (state, last)), strict=True):
       np.testing.assert_allclose(a, b, atol=1e-12, rtol=0)
