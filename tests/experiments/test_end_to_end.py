@@ -66,6 +66,21 @@ def test_train_and_generate_text(tmp_path, config):
 
 
 @pytest.mark.slow
+def test_train_and_measure_views(tmp_path):
+  call("train", "--config=novel_views_smoke", f"--workdir={tmp_path}")
+  said = call(
+    *("benchmark", "--suite=views", f"--workdir={tmp_path}", "--scenes=64")
+  )
+  assert said.count("input views") == 3  # 1, 2 and 4 of 5 pictures
+  result = json.loads((tmp_path / "benchmark_views.json").read_text())
+  # 60 steps suffice to beat one colour, and to use what is given
+  for row in result["rows"]:
+    assert row["psnr"] > row["mean_colour"]
+  assert result["gain"] > 2 * result["gain_standard_error"] > 0
+  assert (tmp_path / "views.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_quickstart_writes_a_report_and_a_second_call_is_quick(tmp_path):
   call("quickstart", f"--workdir={tmp_path}")
   page = (tmp_path / "report.html").read_text()
