@@ -2,13 +2,15 @@
 
 A TPU core issues one bundle of instructions per cycle, so a kernel takes as
 many cycles as it executes bundles, plus the waits for memory, which the
-program does not show. The compiler writes the bundles as text. Here their
+program does not show. Where a run of bundles issues matrix products faster
+than the units take them (v5e, v5p), the units set the pace. The compiler writes the bundles as text. Here their
 scalar instructions are executed: loop counters, grid positions and
 predicates are known numbers, so every branch goes where it goes on the chip.
 A branch on data falls through, into the region that it would skip.
 """
 
 import collections
+import itertools
 import operator
 import re
 from collections.abc import Callable
@@ -44,19 +46,21 @@ class Instruction(NamedTuple):
 
 
 class Bundle(NamedTuple):
-  """What one cycle does to the flow of control."""
+  """What one cycle does to the flow of control, and matrix products in it."""
 
   scalars: tuple[Instruction, ...]
   regions: tuple[int, ...]  # that start here
-  delays: int  # cycles that a delay instruction adds
+  matmuls: int
 
 
 class Count(NamedTuple):
   """What a kernel executes.
 
   Attributes:
-    bundles: executed, which is cycles without waits for memory.
+    cycles: bundles, or what the matrix units need where that is more.
+    bundles: executed.
     static: bundles in the program.
+    utilisation: share of the cycles in which the matrix units are busy.
     slots: executed operations per unit, "MATMUL", "VLOAD", ...
     capacity: operations per bundle and unit.
     spills, fills: vector registers stored to and loaded from memory because
@@ -64,8 +68,10 @@ class Count(NamedTuple):
     unknown: executed branches on values that only the data decide.
   """
 
+  cycles: int
   bundles: int
   static: int
+  utilisation: float
   slots: dict[str, int]
   capacity: dict[str, int]
   spills: int
@@ -169,10 +175,10 @@ def parse(text: str) -> list[Bundle]:
       .partition("{")[2]
       .rpartition("}")[0]
     )
-    delays = sum(int(n) for n in re.findall(r"\b[vs]delay (\d+)", body))
+    matmuls = len(re.findall(r"\bvmatmul\.", body))
     parsed = map(_instruction, body.split(";;"))
     scalars = tuple(x for x in parsed if x is not None)
-    bundles.append(Bundle(scalars, regions, delays))
+    bundles.append(Bundle(scalars, regions, matmuls))
   return bundles
 
 
@@ -245,12 +251,13 @@ def executions(bundles: list[Bundle]) -> tuple[list[int], int]:
   return times, unknown
 
 
-def count(program: str, utilization: str) -> Count:
+def count(program: str, utilization: str, issue: int) -> Count:
   """Counts what a kernel executes.
 
   Args:
     program: text of `*-final_bundles.txt`.
     utilization: text of `*-final_hlo-static-per-bundle-utilization.txt`.
+    issue: cycles that one vmatmul keeps its matrix unit busy.
 
   Raises:
     ValueError: if the two do not describe the same bundles.
@@ -260,6 +267,7 @@ def count(program: str, utilization: str) -> Count:
   head, _, table = utilization.partition("== UTILIZATION:")
   names, capacity = head.strip().splitlines()[-2:]
   names = [name.strip() for name in names.split(",")]
+  capacity = dict(zip(names, map(int, capacity.split()), strict=True))
   rows = [[int(x) for x in row.split()] for row in table.strip().splitlines()]
   if len(rows) != len(bundles):
     raise ValueError(f"{len(bundles)} bundles, utilization of {len(rows)}")
@@ -268,12 +276,20 @@ def count(program: str, utilization: str) -> Count:
     for name, used in zip(names, row, strict=True):
       slots[name] += n * used
   static = dict(zip(names, map(sum, zip(*rows, strict=True)), strict=True))
-  delays = sum(n * b.delays for n, b in zip(times, bundles, strict=True))
+  cycles = busy = 0.0
+  pairs = zip(times, bundles, strict=True)
+  for n, run in itertools.groupby(pairs, key=lambda pair: pair[0]):
+    run = [bundle for _, bundle in run]
+    needed = sum(b.matmuls for b in run) * issue / capacity["MATMUL"]
+    cycles += n * max(len(run), needed)
+    busy += n * needed
   return Count(
-    bundles=sum(times) + delays,
+    cycles=round(cycles),
+    bundles=sum(times),
     static=len(bundles),
+    utilisation=busy / cycles,
     slots=dict(slots),
-    capacity=dict(zip(names, map(int, capacity.split()), strict=True)),
+    capacity=capacity,
     spills=static["VSTORE:SPILL"],
     fills=static["VLOAD:FILL"],
     unknown=unknown,

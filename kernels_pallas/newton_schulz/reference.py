@@ -15,28 +15,11 @@ SCHEDULED = (
 )
 FIXED = (3.4445, -4.7750, 2.0315)
 
+Coefficients = tuple[float, float, float]
 
-def newton_schulz(
-  g: jax.Array,
-  kind: str = "scheduled",
-  steps: int = 5,
-  dtype: jnp.dtype | str | None = None,
-) -> jax.Array:
-  """Moves the singular values of each matrix towards 1 (Muon's step).
 
-  X = g / (|g|_F + 1e-7), then `steps` times A = X X^T, X = a X + (b A + c A A)
-  X on the short side. Costs steps (4 m^2 n + 2 m^3) FLOPs, m = min, n = max.
-
-  Args:
-    g: [..., rows, columns] float.
-    kind: "scheduled" (language model: other coefficients in every step, at
-      most 5) or "fixed" (view synthesis and video).
-    steps: number of iterations.
-    dtype: of the iteration; None keeps that of g. bfloat16, as in the
-      authors' code, changes results by some per cent.
-
-  Returns:
-    [..., rows, columns] in g.dtype; zero where g is zero.
+def coefficients(kind: str, steps: int) -> tuple[Coefficients, ...]:
+  """(a, b, c) of every step.
 
   Raises:
     ValueError: for another kind, or more steps than scheduled coefficients.
@@ -45,12 +28,32 @@ def newton_schulz(
     raise ValueError(f"newton_schulz={kind!r}: choose scheduled or fixed")
   if kind == "scheduled" and steps > len(SCHEDULED):
     raise ValueError(f"{steps} steps: only {len(SCHEDULED)} are scheduled")
-  coefficients = SCHEDULED[:steps] if kind == "scheduled" else (FIXED,) * steps
-  tall = g.shape[-2] > g.shape[-1]
+  return SCHEDULED[:steps] if kind == "scheduled" else (FIXED,) * steps
+
+
+def scaled(g: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+  """g / (|g|_F + 1e-7), in float32 or wider, then in `dtype`."""
   x = g.astype(precision.wide(g))
-  x = (x / (precision.length(x, (-2, -1)) + 1e-7)).astype(dtype or g.dtype)
-  x = x.mT if tall else x
-  for a, b, c in coefficients:
-    gram = x @ x.mT
-    x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return (x / (precision.length(x, (-2, -1)) + 1e-7)).astype(dtype)
+
+
+def step(x: jax.Array, abc: Coefficients) -> jax.Array:
+  """X <- a X + (b A + c A A) X, A = X X^T, in the dtype of X."""
+  a, b, c = abc
+  gram = x @ x.mT
+  return a * x + (b * gram + c * (gram @ gram)) @ x
+
+
+def newton_schulz(
+  g: jax.Array,
+  kind: str = "scheduled",
+  steps: int = 5,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+  """`orthogonalise.newton_schulz`, by XLA; any float dtype."""
+  abc = coefficients(kind, steps)
+  tall = g.shape[-2] > g.shape[-1]
+  x = scaled(g.mT if tall else g, dtype or g.dtype)
+  for each in abc:
+    x = step(x, each)
   return (x.mT if tall else x).astype(g.dtype)

@@ -1,0 +1,33 @@
+"""Calls of real models: the Muon step of every fast weight of a batch."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from giantsteps.kernels_pallas.example import Example
+from giantsteps.kernels_pallas.newton_schulz import newton_schulz
+
+# name, matrices per head, batch * heads, rows, columns, coefficients
+_CASES = (
+  ("512", 3, 4, 512, 512, "scheduled"),
+  ("language model 760M", 3, 4, 384, 384, "scheduled"),
+  ("language model 3B", 3, 4, 768, 768, "scheduled"),
+  ("novel views", 3, 1, 768, 1536, "fixed"),
+  ("video 1.3B", 3, 2, 768, 1536, "fixed"),
+)
+
+
+def examples() -> list[Example]:
+  """bfloat16 iterations of float32 gradients, 5 steps; one device's batch."""
+  return [
+    Example(
+      name=f"{name}: {stack * batch} x {rows} x {columns}",
+      function=functools.partial(newton_schulz, kind=kind, dtype=jnp.bfloat16),
+      operands=(
+        jax.ShapeDtypeStruct((stack, batch, rows, columns), jnp.float32),
+      ),
+      flops=5.0 * stack * batch * (4 * rows**2 * columns + 2 * rows**3),
+    )
+    for name, stack, batch, rows, columns, kind in _CASES
+  ]

@@ -1,0 +1,75 @@
+"""The kernel against the reference in float64, its derivatives, its faults."""
+
+import functools
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from giantsteps.kernels_pallas import tuning
+from giantsteps.kernels_pallas.newton_schulz import (
+  FIXED,
+  SCHEDULED,
+  examples,
+  newton_schulz,
+  reference,
+  tpu,
+)
+
+rng = np.random.default_rng(0)
+
+
+def matrices(*shape):
+  """Float32 with singular values from 1 down to 1/20, as gradients have."""
+  g = rng.standard_normal(shape)
+  u, s, vt = np.linalg.svd(g, full_matrices=False)
+  s = np.linspace(1, 0.05, s.shape[-1])
+  return jnp.asarray((u * s) @ vt, jnp.float32)
+
+
+def by(implementation, kind, steps, dtype):
+  def call(g):
+    with pltpu.force_tpu_interpret_mode():
+      return newton_schulz(g, kind, steps, dtype, implementation=implementation)
+
+  return call
+
+
+def exact(kind, steps):
+  return functools.partial(reference.newton_schulz, kind=kind, steps=steps)
+
+
+@pytest.mark.parametrize(
+  ("shape", "kind", "steps", "dtype"),
+  [
+    ((2, 24, 40), "scheduled", 3, "bfloat16"),  # one padded block
+    ((1, 2, 200, 136), "fixed", 2, "bfloat16"),  # tall, two ragged blocks
+    ((96, 128), "scheduled", 5, "bfloat16"),  # no batch
+    ((1, 40, 40), "scheduled", 2, "float32"),
+  ],
+)
+def test_parity(shape, kind, steps, dtype):
+  with tuning.target("a test", {"block": 128}):
+    errors = harness.assert_parity(
+      by("pallas_tpu", kind, steps, dtype),
+      by("xla", kind, steps, dtype),
+      exact(kind, steps),
+      [matrices(*shape)],
+      floor=1e-5,  # of float32 sums; bfloat16 is bound by the error of XLA
+    )
+  # or the two would not differ at all
+  assert (errors["value"][0][1] > 1e-3) == (dtype == "bfloat16")
+
+
+def test_faults():
+  g = matrices(4, 256, 256)
+  kernel = functools.partial(
+    tpu.iterate, coefficients=SCHEDULED[:1], dtype=jnp.bfloat16
+  )
+  with tuning.target("a test", {"block": 128, "matrices": 2}):
+    out = harness.run_checked(kernel, g)
+    every = harness.run_checked(functools.partial(kernel, keep=True), g)
+  np.testing.assert_array_equal(every[-1].astype(jnp.float32), out)
