@@ -29,6 +29,7 @@ Blocks = Mapping[str, int]
 class _Target(NamedTuple):
   device_kind: str
   blocks: Blocks | None
+  asked: list[tuple[str, str]]
 
 
 _CURRENT: contextvars.ContextVar[_Target | None] = contextvars.ContextVar(
@@ -37,16 +38,22 @@ _CURRENT: contextvars.ContextVar[_Target | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
-def target(device_kind: str, blocks: Blocks | None = None) -> Iterator[None]:
+def target(
+  device_kind: str, blocks: Blocks | None = None
+) -> Iterator[list[tuple[str, str]]]:
   """Names the chip that programs traced inside are for.
 
   Args:
     device_kind: as of `jax.Device.device_kind`, "TPU v5 lite".
     blocks: used for every kernel instead of the tuned ones; for tuners.
+
+  Yields:
+    A list that receives (kernel, call) of every look-up.
   """
-  token = _CURRENT.set(_Target(device_kind, blocks))
+  asked: list[tuple[str, str]] = []
+  token = _CURRENT.set(_Target(device_kind, blocks, asked))
   try:
-    yield
+    yield asked
   finally:
     _CURRENT.reset(token)
 
@@ -66,6 +73,8 @@ def blocks(kernel: str, call: str, default: Blocks) -> dict[str, int]:
     ValueError: if blocks name a size that `default` does not have.
   """
   current = _CURRENT.get()
+  if current:
+    current.asked.append((kernel, call))
   if current and current.blocks is not None:
     found = current.blocks
   else:

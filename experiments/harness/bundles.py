@@ -117,8 +117,14 @@ def _evaluate(operation: str, xs: tuple[Value, ...]) -> Value:
     return 1 - out if base[1] == "n" else out
   if base == "scalar_select":
     return None if xs[0] is None else xs[1 if xs[0] else 2]
-  if None in xs or not xs:
+  known = tuple(x for x in xs if x is not None)
+  if len(known) < len(xs) or not xs:
     return None
+  return _arithmetic(base, rest, known)
+
+
+def _arithmetic(base: str, rest: str, xs: tuple[int, ...]) -> Value:
+  """As `_evaluate`, of numbers."""
   if base == "smov" or base == "pmov":
     return xs[0]
   if base == "pneg":

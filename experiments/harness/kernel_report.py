@@ -8,6 +8,7 @@ be moved.
 """
 
 import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -158,10 +160,13 @@ def child(
   device = pod.slice_devices(TARGETS[target])[0]
   out: dict[str, Any] = {"flops": example.flops}
   try:
-    with tuning.target(device.device_kind, json.loads(blocks)):
+    out["device_kind"] = device.device_kind
+    with tuning.target(device.device_kind, json.loads(blocks)) as asked:
       lowered = example.lower(implementation, SingleDeviceSharding(device))
       compiled = lowered.compile()
+    out["asked"] = sorted(set(asked))
     memory = compiled.memory_analysis()
+    assert memory is not None
     out["text"] = compiled.as_text()
     out["memory"] = {
       "arguments": memory.argument_size_in_bytes,
@@ -198,7 +203,46 @@ def describe(
     },
     "kernels": calls,
     "memory": memory,
+    "device_kind": compiled["device_kind"],
+    "asked": compiled["asked"],
   }
+
+
+def tune(
+  name: str, example: Example, target: str, tell: Callable[..., None]
+) -> dict[str, int]:
+  """Tries the kernel's candidates for one example and keeps the best.
+
+  The fewest estimated microseconds win; within 2 %, the fewest spills. The
+  best goes to tuned/<chip>.json under the call that the kernel looks up.
+
+  Args:
+    name: the package; `candidates()` of its examples.py are tried.
+    example: the call.
+    target: of `TARGETS`.
+    tell: receives a line per candidate, as `logging.info`.
+  """
+  module = importlib.import_module(f"giantsteps.kernels_pallas.{name}.examples")
+  tried = []
+  for blocks in module.candidates():
+    found = estimate(name, example.name, target, "pallas_tpu", blocks)
+    if "fails" in found:
+      tell("%s: %s", blocks, found["fails"])
+      continue
+    spills = sum(kernel["spills"] for kernel in found["kernels"])
+    tell("%s: %.1f us, %d spills", blocks, found["microseconds"], spills)
+    tried.append((found["microseconds"], spills, blocks, found))
+  if not tried:
+    raise config_lib.InputError(f"{example.name}: no candidate compiles")
+  near = 1.02 * min(row[0] for row in tried)
+  good = [row for row in tried if row[0] <= near]
+  _, _, best, found = min(good, key=lambda row: (row[1], row[0]))
+  path = tuning.file(found["device_kind"])
+  known = json.loads(path.read_text()) if path.is_file() else {}
+  for kernel, call in found["asked"]:
+    known.setdefault(kernel, {})[call] = best
+  path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+  return best
 
 
 def _kernel(dump: pathlib.Path, call: str, target: str) -> dict[str, Any]:

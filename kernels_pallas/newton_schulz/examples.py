@@ -1,6 +1,7 @@
 """Calls of real models: the Muon step of every fast weight of a batch."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -30,4 +31,13 @@ def examples() -> list[Example]:
       flops=5.0 * stack * batch * (4 * rows**2 * columns + 2 * rows**3),
     )
     for name, stack, batch, rows, columns, kind in _CASES
+  ]
+
+
+def candidates() -> list[dict[str, int]]:
+  """Block sizes worth trying, see `tpu.iterate`."""
+  sizes = itertools.product((1, 2, 4, 6), (128, 256))
+  return [
+    {"matrices": matrices, "block": block, "columns": block, "depth": 512}
+    for matrices, block in sizes
   ]

@@ -99,7 +99,8 @@ def _(coefficients, dtype, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _all(g, coefficients, dtype):
   """All iterates, [steps + 1, ..., m, n] in `dtype`."""
-  if not tpu.fits(*g.shape[-2:], dtype, len(coefficients) + 1):
+  rows, columns = g.shape[-2:]
+  if not tpu.fits(rows, columns, dtype, len(coefficients) + 1):
     return _all_by_xla(g, coefficients, dtype)
   return tpu.iterate(g, coefficients, dtype, keep=True)
 

@@ -1,7 +1,6 @@
 """Newton-Schulz orthogonalisation (Muon's step) in jax.numpy."""
 
 import jax
-import jax.numpy as jnp
 
 from giantsteps.kernels_pallas import precision
 

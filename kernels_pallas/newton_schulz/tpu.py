@@ -158,16 +158,14 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
     precision=exact,
     preferred_element_type=jnp.float32,
   )
-  spans = _spans(m, block)
-  upper = [(r, c) for i, r in enumerate(spans) for c in spans[i + 1 :]]
-  tiles = [*upper, *((r, r) for r in spans)]
+  panels = _spans(m, block)
 
   def depths(size):  # sums of more terms pass through memory, not registers
     return [slice(i, i + k) for i, k in _spans(size, depth)]
 
   def mirror(ref, z):
-    for (i, h), (j, w) in upper:
-      ref[z, j : j + w, i : i + h] = ref[z, i : i + h, j : j + w].T
+    for j, w in panels[1:]:
+      ref[z, j : j + w, :j] = ref[z, :j, j : j + w].T
 
   for z in range(num):
     _normalise(g_ref, x, z)
@@ -184,11 +182,11 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
     def _(phase):
       @pl.when(phase == 0)
       def _():
-        for (i, h), (j, w) in tiles:
+        for j, w in panels:  # columns j.. of A, down to the diagonal
           for k in depths(n):
             for z in range(num):
-              s = dot(x[now, z, i : i + h, k], x[now, z, j : j + w, k], _NT)
-              tile = (z, slice(i, i + h), slice(j, j + w))
+              s = dot(x[now, z, : j + w, k], x[now, z, j : j + w, k], _NT)
+              tile = (z, slice(0, j + w), slice(j, j + w))
               s = s + linear[tile] if k.start else s
               if k.stop == n:
                 gram[tile] = s.astype(gram.dtype)
@@ -202,11 +200,11 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
 
       @pl.when(phase == 1)
       def _():
-        for (i, h), (j, w) in tiles:
+        for j, w in panels:
           for k in depths(m):
             for z in range(num):
-              s = dot(gram[z, i : i + h, k], gram[z, j : j + w, k], _NT)
-              tile = (z, slice(i, i + h), slice(j, j + w))
+              s = dot(gram[z, : j + w, k], gram[z, j : j + w, k], _NT)
+              tile = (z, slice(0, j + w), slice(j, j + w))
               s = c * s + linear[tile]
               if k.stop == m:
                 poly[tile] = s.astype(poly.dtype)
@@ -230,11 +228,17 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
 
   if not keep:
     for z in range(num):
+      _copy(x, out_ref, z)
 
-      @pl.loop(0, m // _strip(x))
-      def _(i):
-        rows = pl.ds(i * _strip(x), _strip(x))
-        out_ref[z, rows, :] = x[0, z, rows, :].astype(out_ref.dtype)
+
+def _copy(x, out_ref, z):
+  """The result, in float32."""
+  strip = _strip(x)
+
+  @pl.loop(0, x.shape[2] // strip)
+  def _(i):
+    rows = pl.ds(i * strip, strip)
+    out_ref[z, rows, :] = x[0, z, rows, :].astype(out_ref.dtype)
 
 
 def _strip(x) -> int:

@@ -139,11 +139,11 @@ def assert_parity(
   cotangent = random_like(jax.eval_shape(xla, *operands), 1)
   tangents = random_like(operands, 2)
   given = operands, cotangent, tangents
-  found = _results(kernel, *given, modes)
-  plain = _results(xla, *given, modes)
+  found = _results(kernel, operands, cotangent, tangents, modes)
+  plain = _results(xla, operands, cotangent, tangents, modes)
   with jax.enable_x64(True):
     wide = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float64)), given)
-    truth = _results(exact, *wide, modes)
+    truth = _results(exact, wide[0], wide[1], wide[2], modes)
     truth = jax.tree.map(np.asarray, truth)
   errors = {}
   for mode in modes:
