@@ -47,10 +47,13 @@ def call(
   mesh, name = parallel
   if name not in mesh.axis_names:
     raise ValueError(f"axis={name!r}: the mesh has {mesh.axis_names}")
+  if isinstance(mesh, Mesh):  # `jax.make_mesh` types its axes Explicit
+    mesh = Mesh(mesh.devices, mesh.axis_names)
   size = mesh.shape[name]
   owners = state.weights[0].shape[0] % size == 0
   length = next(x for x in (steps.tokens, steps.before) if x is not None)
   length = jax.tree.leaves(length)[0].shape[axis]
+  steps = _fill(steps, axis, -length % size)
   rule = dataclasses.replace(rule, axis=name, owners=owners)
   lead = [None] * axis
   tokens = P(*lead, name)
@@ -70,7 +73,7 @@ def call(
     out_specs=(rows, tokens),
     axis_names={name},
   )
-  state, reads = mapped(state, _fill(steps, axis, -length % size), norms)
+  state, reads = mapped(state, steps, norms)
   cut = lambda x: jax.lax.slice_in_dim(x, 0, length, axis=axis)
   return state, jax.tree.map(cut, reads)
 

@@ -151,6 +151,31 @@ def scan(
   return state, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
 
 
+def kept_bytes(
+  num_chunks: int, group: int, state_bytes: int, token_bytes: int
+) -> int:
+  """Memory that the backward pass of `scan` holds beside one chunk's inside.
+
+  The state before every group, the states within the group at hand, and that
+  group's part of seven arrays of tokens: q, k, v, the outputs' cotangent and
+  the gradients of q, k, v. Rates and momenta are left out, 4 / d of a token.
+
+  Args:
+    num_chunks: n.
+    group: g > 1 chunks between kept states.
+    state_bytes: of one state: weights and, if there, sums and momenta.
+    token_bytes: of one chunk of q.
+
+  Returns:
+    ceil(n/g) state_bytes + g (state_bytes + 7 token_bytes); n state_bytes for
+    g = 1.
+  """
+  if group == 1:
+    return num_chunks * state_bytes
+  groups = -(-num_chunks // group)
+  return groups * state_bytes + group * (state_bytes + 7 * token_bytes)
+
+
 def run(
   state: State,
   step: Step,

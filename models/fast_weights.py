@@ -96,9 +96,9 @@ def fast_weight_scan(
       None counts them, or is L where segment_ids is traced.
     remat: what the backward pass keeps. True or "chunk": the state before
       each chunk, and recomputes the inside. An integer g: every g-th state;
-      then it recomputes g states at a time. "two_level": the g, near the
-      square root of their number, that keeps fewest states. False or "none":
-      everything.
+      then it recomputes g states at a time. "two_level": the g that holds
+      fewest bytes (`fast_weight_update.kept_bytes`), below the square root of
+      the chunks. False or "none": everything.
     implementation: of the kernels (`kernels_pallas.dispatch`); None chooses
       by platform.
     parallel: mesh and axis of it that splits the tokens of every chunk; see
@@ -247,7 +247,7 @@ def _causal(
   """Chunk i is read, then written if i C + C < L."""
   n, length, d = q.shape
   num_chunks = max(1, -(-length // chunk))
-  group = _group(remat, num_chunks)
+  group = _group(remat, num_chunks, _cost(state, q, chunk, num_chunks))
   # Beyond one chunk per kept state all chunks are scanned, and the last write
   # is dropped: leaving the last chunk out would copy every token.
   whole = group > 1
@@ -298,7 +298,7 @@ def _packed(
   num_places = where.write.shape[1]
   if not num_places:
     return first, state
-  group = _group(remat, num_places)
+  group = _group(remat, num_places, _cost(state, q, chunk, num_places))
   steps = documents.steps(where, q, tokens)
   extra = -num_places % max(1, group)
   fill = lambda x: jnp.pad(x, ((0, extra), *[(0, 0)] * (x.ndim - 1)))
@@ -336,13 +336,14 @@ def _read(go: Callable, state: State, q: jax.Array) -> jax.Array:
   return out
 
 
-def _group(remat: bool | int | str, num_chunks: int) -> int:
-  """Chunks between kept states; 0 keeps all activations."""
+def _group(
+  remat: bool | int | str, num_chunks: int, cost: Callable | None = None
+) -> int:
+  """Chunks between kept states, 0 keeps all activations: the cheapest by
+  cost(group) if `remat` leaves the choice."""
   if remat == "two_level":
-    # Kept: one state per group, and while a group is run backwards its own.
-    kept = lambda g: (-(-num_chunks // g) + g, -num_chunks % g, g)
-    largest = 2 * math.isqrt(num_chunks) + 1
-    return min(range(1, largest), key=kept) if num_chunks > 3 else 1
+    groups = range(1, 2 * math.isqrt(num_chunks) + 1)
+    return min(groups, key=cost) if cost and num_chunks > 3 else 1
   named = {"none": 0, "chunk": 1}
   group = named.get(remat, remat) if isinstance(remat, str) else int(remat)
   if not isinstance(group, int) or group < 0:
@@ -351,6 +352,21 @@ def _group(remat: bool | int | str, num_chunks: int) -> int:
       "of chunks between kept states"
     )
   return max(1, min(group, num_chunks)) if group else 0
+
+
+def _cost(
+  state: State, q: jax.Array, chunk: int, num_chunks: int
+) -> Callable[[int], int]:
+  """`update.kept_bytes` of a group, and what is copied to fill the last up."""
+  leaves = jax.tree.leaves(state)
+  states = sum(x.size * x.dtype.itemsize for x in leaves)
+  tokens = q.shape[0] * chunk * q.shape[2] * q.dtype.itemsize
+
+  def cost(group):
+    copies = 7 * num_chunks * tokens if num_chunks % group else 0
+    return copies + update.kept_bytes(num_chunks, group, states, tokens)
+
+  return cost
 
 
 def _count(segment_ids: jax.Array) -> int:
