@@ -60,8 +60,7 @@ def decode_state(
   """
   if chunk_size < 1:
     raise ValueError(f"chunk_size={chunk_size}: must be 1 or more")
-  weights = tuple(jnp.asarray(w) for w in weights)
-  shape = weights[0].shape
+  shape = jnp.shape(weights[0])
   if len(shape) == 2 and rows is None:
     raise ValueError(f"weights {shape} have no rows: want [N, h, d], or rows=N")
   rows = shape[0] if len(shape) == 3 else rows
@@ -137,7 +136,8 @@ def decode_step(
     q, tokens = jax.tree.map(lambda y: y[:, None], x)
     return _next(state, q, tokens, rule)
 
-  tokens = Tokens(k, v, tuple(rates), momentum)
+  eta0, eta1, eta2 = rates
+  tokens = Tokens(k, v, (eta0, eta1, eta2), momentum)
   turned = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (q, tokens))
   if q.shape[1] == 1:  # no loop in the program
     state, out = token(state, jax.tree.map(lambda x: x[0], turned))
@@ -209,7 +209,8 @@ def prefill(
   index = written[:, None] + jnp.arange(chunk_size)[None]
   index = jnp.minimum(index, length - 1)[..., None]
   take = lambda x, old: jnp.take_along_axis(x, index, 1).astype(old.dtype)
-  tokens = Tokens(k, v, tuple(rates), momentum)
+  eta0, eta1, eta2 = rates
+  tokens = Tokens(k, v, (eta0, eta1, eta2), momentum)
   return out, empty._replace(
     fast=fast,
     waiting=jax.tree.map(take, tokens, empty.waiting),

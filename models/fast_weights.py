@@ -131,7 +131,8 @@ def fast_weight_scan(
     ns_dtype=ns_dtype,
     implementation=implementation,
   )
-  tokens = Tokens(k, v, tuple(learning_rates), momentum)
+  eta0, eta1, eta2 = learning_rates
+  tokens = Tokens(k, v, (eta0, eta1, eta2), momentum)
   if valid is not None:
     # Not by rate 0 alone: 0 times the NaN of a padded place is NaN.
     mask = lambda x: jnp.where(valid[..., None], x, 0)
@@ -371,7 +372,8 @@ def _cost(
 
 def _count(segment_ids: jax.Array) -> int:
   """Most documents in a row, or L if the ids are not known yet."""
-  if isinstance(segment_ids, jax.core.Tracer):
+  try:
+    ids = np.asarray(segment_ids)
+  except jax.errors.TracerArrayConversionError:
     return segment_ids.shape[1]
-  ids = np.asarray(segment_ids)
   return 1 + int(np.max(np.sum(ids[:, 1:] != ids[:, :-1], 1), initial=0))

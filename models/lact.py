@@ -199,10 +199,10 @@ class LactLayer(nn.Module):
       [B, T, D] and the cache after these tokens.
     """
     cfg = self.config
-    begun = cache is not None and lengths is None
+    begun = cache if lengths is None else None
     inputs = x
-    if begun and cfg.short_conv:
-      inputs = jnp.concatenate([cache.inputs, x], 1)
+    if begun is not None and begun.inputs is not None:
+      inputs = jnp.concatenate([begun.inputs, x], 1)
     q, k, v = (
       self._project(inputs, name)[:, -x.shape[1] :] for name in ("q", "k", "v")
     )
@@ -215,13 +215,13 @@ class LactLayer(nn.Module):
       return y.reshape(x.shape)
 
     near = [y.reshape(heads) for y in (rotate(q), rotate(k), v)]
-    if begun:
+    if begun is not None:
       now = positions[:, 0]
-      keys, values = (
-        lact_cache.put(old, y, now)
-        for old, y in zip(cache[:2], near[1:], strict=True)
+      begun = begun._replace(
+        keys=lact_cache.put(begun.keys, near[1], now),
+        values=lact_cache.put(begun.values, near[2], now),
       )
-      out = lact_cache.attend(near[0], keys, values, now)
+      out = lact_cache.attend(near[0], begun.keys, begun.values, now)
     else:
       out = layers.attention(*near, causal=cfg.causal, window=cfg.window)
     out = out.reshape(x.shape)
@@ -236,17 +236,18 @@ class LactLayer(nn.Module):
     fast_v = nn.silu(v) if cfg.fast_silu_v else v
     fast, state = self._fast(x, fast_q, fast_k, fast_v, cache, lengths)
     out = self._out(out + fast)
-    if cache is None:
+    if begun is not None:
+      inputs = inputs[:, 1:] if cfg.short_conv else None
+      return out, begun._replace(inputs=inputs, fast=state)
+    if cache is None or lengths is None:
       return out, None
-    if not begun:
-      size = cache.keys.shape[1]
-      keys, values = (lact_cache.ring(y, lengths, size) for y in near[1:])
-    if cfg.short_conv and begun:
-      inputs = inputs[:, 1:]
-    elif cfg.short_conv:
+    size = cache.keys.shape[1]
+    keys, values = (lact_cache.ring(y, lengths, size) for y in near[1:])
+    inputs = None
+    if cfg.short_conv:
       inputs = lact_cache.last(x, lengths, cfg.short_conv - 1)
-    return out, lact_cache.Cache(
-      keys, values, inputs if cfg.short_conv else None, state
+    return out, cache._replace(
+      keys=keys, values=values, inputs=inputs, fast=state
     )
 
   def _project(self, x: jax.Array, name: str) -> jax.Array:
@@ -516,10 +517,9 @@ def prefill(
     lengths = jnp.full(rows, length, jnp.int32)
   head = config.width // config.num_heads
   shape = (config.depth, rows, min(sizes), config.num_heads, head)
-  empty = lact_cache.Cache(*(jnp.zeros(shape, config.dtype),) * 2)
-  hidden, layers = Lact(config).apply(
-    {"params": params}, tokens, None, empty, lengths, method="extend"
-  )
+  zeros = jnp.zeros(shape, config.dtype)
+  empty = lact_cache.Cache(zeros, zeros)
+  hidden, layers = _extend(config, params, tokens, None, empty, lengths)
   return hidden, Cache(layers, lengths.astype(jnp.int32))
 
 
@@ -552,12 +552,8 @@ def decode(
 
   def step(cache, token):
     position = cache.lengths
-    hidden, layers = Lact(config).apply(
-      {"params": params},
-      token[:, None],
-      position[:, None],
-      cache.layers,
-      method="extend",
+    hidden, layers = _extend(
+      config, params, token[:, None], position[:, None], cache.layers
     )
     if config.window is None:  # an older token would be overwritten
       lost = position >= cache.layers.keys.shape[2]
@@ -569,6 +565,15 @@ def decode(
     return hidden[:, None], cache
   cache, hidden = jax.lax.scan(step, cache, tokens.T)
   return jnp.moveaxis(hidden, 0, 1), cache
+
+
+def _extend(
+  config, params, tokens, positions, cache, lengths=None
+) -> tuple[jax.Array, lact_cache.Cache]:
+  out = Lact(config).apply(
+    {"params": params}, tokens, positions, cache, lengths, method="extend"
+  )
+  return typing.cast(tuple[jax.Array, lact_cache.Cache], out)
 
 
 def _check_decodes(config: Config) -> None:

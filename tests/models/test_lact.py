@@ -634,6 +634,77 @@ class ModelTest(parameterized.TestCase):
       straight, logits(both)(params, tokens), atol=1e-5
     )
 
+  @parameterized.parameters(
+    {"momentum": True, "prenorm": True, "short_conv": 3, "window": 6},
+    {"muon": False, "low_rank": 2, "qk_norm": True, "window": None},
+  )
+  def test_decoding_is_the_forward_pass_at_every_length(self, **kwargs):
+    with jax.enable_x64(True):
+      wide = {"dtype": "float64", "param_dtype": "float64"}
+      config = self.replace(**wide, **kwargs)
+      length = 3 * config.chunk_size + 2
+      rng = np.random.default_rng(0)
+      noise = lambda x: x + 0.1 * rng.normal(size=x.shape)
+      params = jax.tree.map(noise, init(config))
+      tokens = random_tokens(2, length)
+      # Causal: one pass has the outputs of all shorter sequences.
+      want = quick_jit(lact.Lact(config).apply)({"params": params}, tokens)
+      traces = []
+
+      def decode(params, tokens, cache):
+        traces.append(0)
+        return lact.decode(config, params, tokens, cache)
+
+      decode = quick_jit(decode)
+      cache = lact.init_cache(config, params, 2, length)
+      for t in range(length):
+        hidden, cache = decode(params, tokens[:, t : t + 1], cache)
+        assert_close(hidden[:, 0], want[:, t])
+      self.assertLen(traces, 1)
+      if config.window is None:  # there is no place for one more
+        hidden, _ = decode(params, tokens[:, :1], cache)
+        self.assertTrue(np.isnan(hidden).all())
+
+      # Prompts of two lengths at once, then their next tokens.
+      lengths = np.array([config.chunk_size, 2 * config.chunk_size + 1])
+      prompts = np.where(
+        np.arange(10)[None] < lengths[:, None], tokens[:, :10], 0
+      )
+      hidden, cache = quick_jit(
+        lambda p, x, n: lact.prefill(config, p, x, n, length)
+      )(params, prompts, lengths)
+      for row, count in enumerate(lengths):
+        assert_close(hidden[row, :count], want[row, :count])
+      rows = np.arange(2)
+      for i in range(length - max(lengths)):
+        hidden, cache = decode(
+          params, tokens[rows, lengths + i][:, None], cache
+        )
+        assert_close(hidden[:, 0], want[rows, lengths + i])
+
+  def test_many_tokens_decode_in_one_call(self):
+    params, tokens = init(SMALL), random_tokens(2, 11)
+    want = quick_jit(lact.Lact(SMALL).apply)({"params": params}, tokens)
+    _, cache = lact.prefill(SMALL, params, tokens[:, :6])
+    hidden, cache = quick_jit(functools.partial(lact.decode, SMALL))(
+      params, tokens[:, 6:], cache
+    )
+    # Sums in another order; 1e-6 after Newton-Schulz.
+    np.testing.assert_allclose(hidden, want[:, 6:], atol=1e-4)
+    np.testing.assert_array_equal(cache.lengths, [11, 11])
+
+  def test_decoding_rejects(self):
+    params, tokens = init(SMALL), random_tokens(2, 4)
+    with self.assertRaisesRegex(ValueError, "causal=False"):
+      lact.prefill(self.replace(causal=False), params, tokens)
+    with self.assertRaisesRegex(ValueError, "window=None: give max_length"):
+      lact.prefill(self.replace(window=None), params, tokens)
+    with self.assertRaisesRegex(ValueError, "more than max_length=3"):
+      lact.prefill(SMALL, params, tokens, max_length=3)
+    cache = lact.init_cache(SMALL, params, 3)
+    with self.assertRaisesRegex(ValueError, r"this cache is for \[3, T\]"):
+      lact.decode(SMALL, params, tokens, cache)
+
   def test_stack_is_scanned_under_its_name(self):
     params = init(SMALL)
     for leaf in jax.tree.leaves(params["layers"]):
