@@ -198,32 +198,39 @@ def update(state: State, tokens: Tokens, norms: Weights, rule: Rule) -> State:
   order."""
   k, v, rates, momentum, valid = tokens
   weights = _whole(state.weights, k, rule)
-  kernel = {"implementation": rule.implementation}
-  step = fast_weight.gradient(weights, k, v, rates, **kernel)
+  step = fast_weight.gradient(
+    weights, k, v, rates, implementation=rule.implementation
+  )
   if rule.axis is not None:
     step = _summed(step, rule)
-  add = lambda x, y: jax.tree.map(jnp.add, x, y)
-  buffer = state.momentum
+  decay = None
   if momentum is not None:
     mu = _mean(momentum.astype(step[0].dtype), valid, rule)
-    buffer = add(step, jax.tree.map(lambda m: mu * m, buffer))
-    step = buffer
+    decay = mu, state.momentum
+  buffer = None
   if rule.muon:
-    step = _orthogonal(step, rule)
-  total = add(state.accumulated if rule.prenorm else state.weights, step)
-  weights = total
-  if rule.weight_norm:
-    weights = jax.tree.map(
-      lambda w, n: w / (precision.length(w, -1) + 1e-5) * n, total, norms
-    )
-  return State(weights, total if rule.prenorm else None, buffer)
+    if decay is not None:
+      buffer = jax.tree.map(lambda d, m: d + mu * m, step, state.momentum)
+    step, decay = _orthogonal(buffer or step, rule), None
+  weights, total, moved = fast_weight.update(
+    state.accumulated if rule.prenorm else state.weights,
+    step,
+    norms if rule.weight_norm else None,
+    decay,
+    keep_total=rule.prenorm,
+    implementation=_among(rule, "pallas_tpu"),
+  )
+  if momentum is not None and buffer is None:
+    buffer = moved
+  return State(weights, total, buffer)
 
 
 def _read(state: State, q: jax.Array | None, rule: Rule) -> jax.Array | None:
   if q is None:
     return None
   weights = _whole(state.weights, q, rule)
-  return fast_weight.apply(weights, q, implementation=rule.implementation)
+  chosen = _among(rule, "pallas_gpu")
+  return fast_weight.apply(weights, q, implementation=chosen)
 
 
 def _orthogonal(step: Weights, rule: Rule) -> Weights:
@@ -234,9 +241,15 @@ def _orthogonal(step: Weights, rule: Rule) -> Weights:
     rule.kind,
     rule.steps,
     rule.ns_dtype,
-    implementation=rule.implementation,
+    implementation=_among(rule, "pallas_tpu"),
   )
   return out[0], out[1].mT, out[2]
+
+
+def _among(rule: Rule, kernel: str) -> str | None:
+  """The rule's choice for an operation that has this kernel only."""
+  has = rule.implementation in (None, "xla", kernel)
+  return rule.implementation if has else "xla"
 
 
 def _mean(momentum: jax.Array, valid: jax.Array | None, rule: Rule):

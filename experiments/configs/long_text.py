@@ -1,11 +1,11 @@
-"""Causal LaCT on 1,024 bytes of source code at a time, its attention sees 128."""
+"""Causal LaCT on 1,024 bytes of source code at a time, its attention sees 64."""
 
 from giantsteps.experiments.harness import config
 from giantsteps.models import lact
 
 
 def get_config() -> config.Config:
-  """Short convolutions, Muon inside and outside."""
+  """Short convolutions, momentum inside, Muon outside."""
   return config.Config(
     task="autoregressive",
     model=lact.Config(
@@ -16,8 +16,10 @@ def get_config() -> config.Config:
       fast_heads=2,
       mlp_width=256,
       causal=True,
-      window=128,
-      chunk_size=128,
+      window=64,
+      chunk_size=64,
+      muon=False,
+      momentum=True,
       rate=1e-2,
       qk_norm=True,
       short_conv=4,
