@@ -14,7 +14,7 @@ def get_config() -> config.Config:
       depth=3,
       num_heads=2,
       fast_heads=2,
-      mlp_width=256,
+      mlp_width=512,
       causal=True,
       window=64,
       chunk_size=64,
