@@ -339,6 +339,8 @@ def test_memory_is_less_than_the_states_of_all_chunks():
 
 @pytest.mark.slow
 def test_memory_of_131072_tokens_on_a_tpu():
+  # 760M width on v5e by libtpu 0.0.52: 630 MB, predicted 588; 3838 MB with a
+  # state per chunk, most of it copies of tokens that groups avoid.
   if importlib.util.find_spec("libtpu") is None:
     pytest.skip("libtpu is not installed (extra `test` on x86-64 Linux)")
   topology = topologies.get_topology_desc(

@@ -656,7 +656,8 @@ class ModelTest(parameterized.TestCase):
         return lact.decode(config, params, tokens, cache)
 
       decode = quick_jit(decode)
-      cache = lact.init_cache(config, params, 2, length)
+      start = lambda params: lact.init_cache(config, params, 2, length)
+      cache = quick_jit(start)(params)
       for t in range(length):
         hidden, cache = decode(params, tokens[:, t : t + 1], cache)
         assert_close(hidden[:, 0], want[:, t])
@@ -685,7 +686,8 @@ class ModelTest(parameterized.TestCase):
   def test_many_tokens_decode_in_one_call(self):
     params, tokens = init(SMALL), random_tokens(2, 11)
     want = quick_jit(lact.Lact(SMALL).apply)({"params": params}, tokens)
-    _, cache = lact.prefill(SMALL, params, tokens[:, :6])
+    prefill = quick_jit(functools.partial(lact.prefill, SMALL))
+    _, cache = prefill(params, tokens[:, :6])
     hidden, cache = quick_jit(functools.partial(lact.decode, SMALL))(
       params, tokens[:, 6:], cache
     )
@@ -701,7 +703,8 @@ class ModelTest(parameterized.TestCase):
       lact.prefill(self.replace(window=None), params, tokens)
     with self.assertRaisesRegex(ValueError, "more than max_length=3"):
       lact.prefill(SMALL, params, tokens, max_length=3)
-    cache = lact.init_cache(SMALL, params, 3)
+    start = functools.partial(lact.init_cache, SMALL, rows=3)
+    cache = jax.eval_shape(start, params)
     with self.assertRaisesRegex(ValueError, r"this cache is for \[3, T\]"):
       lact.decode(SMALL, params, tokens, cache)
 
