@@ -73,10 +73,10 @@ def test_train_and_measure_views(tmp_path):
   )
   assert said.count("input views") == 3  # 1, 2 and 4 of 5 pictures
   result = json.loads((tmp_path / "benchmark_views.json").read_text())
-  # 60 steps suffice to beat one colour, and to use what is given
+  # 300 steps suffice to beat both baselines, and to use more than one view
   for row in result["rows"]:
-    assert row["psnr"] > row["mean_colour"]
-  assert result["gain"] > 2 * result["gain_standard_error"] > 0
+    assert row["psnr"] > max(row["mean_colour"], row["nearest_view"])
+  assert result["gain"] > 0
   assert (tmp_path / "views.png").stat().st_size > 1000
 
 
