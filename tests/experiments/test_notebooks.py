@@ -12,6 +12,16 @@ import pytest
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "notebooks"
 SMALLER = {  # name: what is replaced, and what the output must say
   "samplers": ({'"digits_flow"': '"digits_flow_smoke"'}, "order"),
+  "chunk_size": (
+    {
+      "(16, 64, 256, 1024, 2048, 4096, 8192)": "(64, 256)",
+      "SHAPES.get(jax.default_backend(), SHAPES)": (
+        'SHAPES["cpu"][:1]; shapes = [shapes[0]._replace(tokens=512)]'
+      ),
+      "ROUNDS = 5": "ROUNDS = 2",
+    },
+    "fastest",
+  ),
   "pod": ({'"bert_base", "v5e:8x8"': '"bert_smoke", "v5e:4x4"'}, "fits"),
 }
 
