@@ -13,18 +13,20 @@ from giantsteps.kernels_pallas.fast_weight.reference import Weights
 def apply(
   weights: Weights, q: jax.Array, *, implementation: str | None = None
 ) -> jax.Array:
-  """Reads the memory, see `reference.apply`; XLA everywhere.
+  """Reads the memory, see `reference.apply`: f_W(q).
 
   Args:
     weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d].
     q: [N, C, d].
-    implementation: None or "xla".
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
+      the compiler estimates it faster than XLA, by platform and shape.
 
   Returns:
     [N, C, d] in q.dtype.
   """
-  call = functools.partial(dispatch.call, implementation=implementation)
-  return call(weights, q, xla=reference.apply)
+  pays = _pays(q, weights)
+  call = _choose(reference.apply, tpu.apply, implementation, pays)
+  return call(weights, q)
 
 
 def gradient(
@@ -48,9 +50,7 @@ def gradient(
   Returns:
     D0 [N, h, d], D1 [N, d, h], D2 [N, h, d], float32 or wider.
   """
-  d, h = k.shape[2], weights[0].shape[1]
-  pays = k.dtype == "bfloat16" and k.shape[1] >= 1024 and d % 128 == 0
-  pays = pays and h % 128 == 0 and min(d, h) >= 384
+  pays = _pays(k, weights)
   call = _choose(reference.gradient, tpu.gradient, implementation, pays)
   return call(weights, k, v, learning_rates)
 
@@ -91,8 +91,18 @@ def update(
   return call(total, step, norms, momentum)
 
 
+def _pays(x: jax.Array, weights: Weights) -> bool:
+  """Sizes from which on the kernels are faster, by the compiler's estimates."""
+  return (
+    x.dtype == "bfloat16"
+    and x.shape[1] >= 1024
+    and min(weights[0].shape[1:]) >= 384
+    and _aligned(weights[0])
+  )
+
+
 def _aligned(x: jax.Array) -> bool:
-  return not any(size % 128 for size in x.shape[-2:])
+  return not any(size % 128 for size in x.shape[1:])
 
 
 def _choose(

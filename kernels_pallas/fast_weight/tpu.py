@@ -1,6 +1,6 @@
-"""TPU bodies of writing to the fast weights.
+"""TPU bodies of reading and writing the fast weights.
 
-Weights and features lie transposed on chip, [h, d] and [h, tokens]: then no
+To write, weights and features lie transposed on chip, [h, d] and [h, tokens]: then no
 product needs a transposed left side, and the rate of a token is a row.
 """
 
@@ -12,12 +12,101 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from giantsteps.kernels_pallas import tuning
 from giantsteps.kernels_pallas.fast_weight.reference import EPSILON, Weights
 
 _BETWEEN = (((1,), (1,)), ((), ()))  # a b^T
 _PLAIN = (((1,), (0,)), ((), ()))  # a b
 _LANES = 128
+# Without spills on a v6e; other chips' sizes are in tuned/.
+APPLY_BLOCKS = {"tile": 512, "rows": 256}
+GRADIENT_BLOCKS = {"tile": 256, "rows": 512}
 _VMEM = 60 * 2**20  # bytes: what a v5p has, less than the others
+
+
+def apply(
+  weights: Weights,
+  q: jax.Array,
+  *,
+  blocks: tuning.Blocks | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """`reference.apply` in one kernel; the weights are rounded on chip.
+
+  Args:
+    weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d]; all of a head on chip.
+    q: [N, C, d] bfloat16 or float32.
+    blocks: "tile", tokens of one program, a multiple of 8, and "rows", most
+      hidden features of one product, a multiple of 128; None is as tuned.
+    interpret: runs on a CPU, slowly; for tests.
+
+  Returns:
+    [N, C, d] in q.dtype.
+  """
+  n, length, d = q.shape
+  call = f"apply {d}x{weights[0].shape[1]} {q.dtype}"
+  blocks = blocks or tuning.blocks("fast_weight", call, APPLY_BLOCKS)
+  tile, rows = blocks["tile"], blocks["rows"]
+  q = _padded(_padded(q, 1, tile), 2, _LANES)
+  w0, w1, w2 = (_padded(_padded(w, 1, _LANES), 2, _LANES) for w in weights)
+  h, d_padded = w0.shape[1:]
+  rows = _divisor(h, rows)
+  token = pl.BlockSpec((None, tile, d_padded), lambda n, t: (n, t, 0))
+  up = pl.BlockSpec((None, h, d_padded), lambda n, t: (n, 0, 0))
+  down = pl.BlockSpec((None, d_padded, h), lambda n, t: (n, 0, 0))
+  operands = (w0, w1, w2, q)
+  out = pl.pallas_call(
+    functools.partial(_apply_body, rows=rows),
+    grid=(n, q.shape[1] // tile),
+    in_specs=[up, down, up, token],
+    out_specs=token,
+    out_shape=_out(q.shape, q.dtype, operands),
+    scratch_shapes=[
+      pltpu.VMEM((3, h // rows, rows, d_padded), q.dtype),
+      pltpu.VMEM((h // rows, 2, tile, rows), jnp.float32),
+      pltpu.VMEM((tile, d_padded), jnp.float32),
+    ],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=6 * q.size * h,
+      transcendentals=q.size // d_padded * h,
+      bytes_accessed=sum(x.nbytes for x in operands) + q.nbytes,
+    ),
+    interpret=interpret,
+    name="fast_weight_apply",
+  )(*operands)
+  return out[:, :length, :d]
+
+
+def _apply_body(
+  w0_ref, w1_ref, w2_ref, q_ref, out_ref, weights, features, total, *, rows
+):
+  """One block of tokens, the whole memory; W1 lies transposed, as [h, d]."""
+  blocks, dtype = features.shape[0], q_ref.dtype
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    for j in range(blocks):
+      for i in range(0, rows, _LANES):
+        r, to = pl.ds(j * rows + i, _LANES), pl.ds(i, _LANES)
+        weights[0, j, to] = w0_ref[r].astype(dtype)
+        weights[1, j, to] = w2_ref[r].astype(dtype)
+        weights[2, j, to] = w1_ref[:, r].T.astype(dtype)
+
+  def project(j):  # g, u
+    features[j, 0] = _dot(q_ref[...], weights[0, j], _BETWEEN)
+    features[j, 1] = _dot(q_ref[...], weights[1, j], _BETWEEN)
+
+  def read(j):
+    x = jax.nn.silu(features[j, 0]) * features[j, 1]
+    total[...] += _dot(x.astype(dtype), weights[2, j], _PLAIN)
+
+  total[...] = jnp.zeros_like(total)
+  _loop(blocks, project)
+  _loop(blocks, read)
+  out_ref[...] = total[...].astype(dtype)
 
 
 def gradient(
@@ -26,8 +115,7 @@ def gradient(
   v: jax.Array,
   learning_rates: Weights,
   *,
-  tile: int = 256,
-  rows: int = 512,
+  blocks: tuning.Blocks | None = None,
   interpret: Any = False,
 ) -> Weights:
   """`reference.gradient` in one kernel: g, u and p never leave the chip.
@@ -41,9 +129,9 @@ def gradient(
     k: [N, C, d] bfloat16 or float32.
     v: [N, C, d] in k.dtype.
     learning_rates: three [N, C, 1], for W0, W1, W2.
-    tile: tokens of one product, a multiple of 128: the width of the chip's
-      matrix unit, 256 from v6e on and 128 before.
-    rows: most hidden rows of one program, a multiple of 128.
+    blocks: "tile", tokens of one product, a multiple of 128: the width of the
+      matrix unit, 256 from v6e on and 128 before; and "rows", most hidden rows
+      of one program, a multiple of 128. None is as tuned.
     interpret: runs on a CPU, slowly; for tests.
 
   Returns:
@@ -51,6 +139,9 @@ def gradient(
   """
   n, length, d = k.shape
   h = weights[0].shape[1]
+  call = f"gradient {d}x{h} {k.dtype}"
+  blocks = blocks or tuning.blocks("fast_weight", call, GRADIENT_BLOCKS)
+  tile, rows = blocks["tile"], blocks["rows"]
   most = pl.cdiv(length, tile)
   tiles = pl.cdiv(most, pl.cdiv(most, 1024 // tile))
   rates = jnp.stack([x[..., 0] for x in learning_rates], 1)
@@ -78,7 +169,7 @@ def gradient(
     grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
     in_specs=[up, down, up, token, token, rate],
     out_specs=[up, down, up],
-    out_shape=[_out(w.shape, operands) for w in (w0, w1, w2)],
+    out_shape=[_out(w.shape, jnp.float32, operands) for w in (w0, w1, w2)],
     scratch_shapes=[
       pltpu.VMEM((3, rows, d_padded), k.dtype),
       pltpu.VMEM((rows, d_padded), jnp.float32),
@@ -209,20 +300,28 @@ def _update_one(total, step, norm, buffer, mu, keep_total, interpret):
   if buffer is not None:
     wanted.append("m")
 
+  strip = max(8, 2**14 // columns // 8 * 8)  # rows held in registers
+  strip = strip if block % strip == 0 else block
+
   def body(*refs):
-    read = {k: r[...] for k, r in zip(given, refs[: len(given)], strict=True)}
+    read = dict(zip(given, refs[: len(given)], strict=True))
     write = dict(zip(wanted, refs[len(given) :], strict=True))
-    m = read["d"]
-    if buffer is not None:
-      m += read["mu"] * read["m"]
-      write["m"][...] = m
-    w = z = read["z"] + m
-    if norm is not None:
-      size = jnp.sqrt(jnp.sum(z * z, axis=1, keepdims=True))
-      w = z * (read["n"] / (size + EPSILON))
-      if keep_total:
-        write["z"][...] = z
-    write["w"][...] = w
+
+    def part(i):
+      r = pl.ds(pl.multiple_of(i * strip, strip), strip)
+      m = read["d"][r]
+      if buffer is not None:
+        m += read["mu"][...] * read["m"][r]
+        write["m"][r] = m
+      w = z = read["z"][r] + m
+      if norm is not None:
+        size = jnp.sqrt(jnp.sum(z * z, axis=1, keepdims=True))
+        w = z * (read["n"][r] / (size + EPSILON))
+        if keep_total:
+          write["z"][r] = z
+      write["w"][r] = w
+
+    _loop(block // strip, part)
 
   operands = tuple(x for x, _ in given.values())
   out = pl.pallas_call(
@@ -230,7 +329,7 @@ def _update_one(total, step, norm, buffer, mu, keep_total, interpret):
     grid=(n, rows // block),
     in_specs=[spec for _, spec in given.values()],
     out_specs=[matrix] * len(wanted),
-    out_shape=[_out(total.shape, operands)] * len(wanted),
+    out_shape=[_out(total.shape, jnp.float32, operands)] * len(wanted),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM
     ),
@@ -278,9 +377,9 @@ def _divisor(size: int, most: int) -> int:
   )
 
 
-def _out(shape, operands):
-  """A float32 result that varies over the mesh as the operands do."""
+def _out(shape, dtype, operands):
+  """A result that varies over the mesh as the operands do."""
   kinds = [jax.typeof(x).manual_axis_type for x in operands]
   varying = frozenset().union(*(kind.varying for kind in kinds))
   kind = jax.sharding.ManualAxisType(varying=varying)
-  return jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=kind)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
