@@ -1,5 +1,7 @@
 """Calls of real models: reading and writing the memory of one layer."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 
@@ -58,3 +60,9 @@ def _of_a_layer(name, batch, length, d, h) -> list[Example]:
       8 * elements,
     ),
   ]
+
+
+def candidates() -> list[dict[str, int]]:
+  """Block sizes worth trying, see `tpu.gradient` and `tpu.apply`."""
+  sizes = itertools.product((128, 256, 512), (128, 256, 384, 512))
+  return [{"tile": tile, "rows": rows} for tile, rows in sizes]
