@@ -218,7 +218,7 @@ def update(state: State, tokens: Tokens, norms: Weights, rule: Rule) -> State:
     norms if rule.weight_norm else None,
     decay,
     keep_total=rule.prenorm,
-    implementation=_among(rule, "pallas_tpu"),
+    implementation=_not_hopper(rule),
   )
   if momentum is not None and buffer is None:
     buffer = moved
@@ -229,8 +229,7 @@ def _read(state: State, q: jax.Array | None, rule: Rule) -> jax.Array | None:
   if q is None:
     return None
   weights = _whole(state.weights, q, rule)
-  chosen = _among(rule, "pallas_gpu")
-  return fast_weight.apply(weights, q, implementation=chosen)
+  return fast_weight.apply(weights, q, implementation=rule.implementation)
 
 
 def _orthogonal(step: Weights, rule: Rule) -> Weights:
@@ -241,15 +240,14 @@ def _orthogonal(step: Weights, rule: Rule) -> Weights:
     rule.kind,
     rule.steps,
     rule.ns_dtype,
-    implementation=_among(rule, "pallas_tpu"),
+    implementation=_not_hopper(rule),
   )
   return out[0], out[1].mT, out[2]
 
 
-def _among(rule: Rule, kernel: str) -> str | None:
-  """The rule's choice for an operation that has this kernel only."""
-  has = rule.implementation in (None, "xla", kernel)
-  return rule.implementation if has else "xla"
+def _not_hopper(rule: Rule) -> str | None:
+  """The rule's choice for an operation that has no kernel for GPUs."""
+  return "xla" if rule.implementation == "pallas_gpu" else rule.implementation
 
 
 def _mean(momentum: jax.Array, valid: jax.Array | None, rule: Rule):

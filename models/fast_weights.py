@@ -100,7 +100,8 @@ def fast_weight_scan(
       fewest bytes (`fast_weight_update.kept_bytes`), below the square root of
       the chunks. False or "none": everything.
     implementation: of the kernels (`kernels_pallas.dispatch`); None chooses
-      by platform.
+      by platform and shape. Under "pallas_gpu" Newton-Schulz and the update
+      stay with XLA.
     parallel: mesh and axis of it that splits the tokens of every chunk; see
       `context_parallel_scan`.
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 
 from giantsteps.kernels_pallas import dispatch
-from giantsteps.kernels_pallas.fast_weight import reference, tpu
+from giantsteps.kernels_pallas.fast_weight import gpu, reference, tpu
 from giantsteps.kernels_pallas.fast_weight.reference import Weights
 
 
@@ -25,7 +25,7 @@ def apply(
     [N, C, d] in q.dtype.
   """
   pays = _pays(q, weights)
-  call = _choose(reference.apply, tpu.apply, implementation, pays)
+  call = _choose(reference.apply, tpu.apply, implementation, pays, gpu.apply)
   return call(weights, q)
 
 
@@ -51,7 +51,9 @@ def gradient(
     D0 [N, h, d], D1 [N, d, h], D2 [N, h, d], float32 or wider.
   """
   pays = _pays(k, weights)
-  call = _choose(reference.gradient, tpu.gradient, implementation, pays)
+  call = _choose(
+    reference.gradient, tpu.gradient, implementation, pays, gpu.gradient
+  )
   return call(weights, k, v, learning_rates)
 
 
@@ -106,9 +108,16 @@ def _aligned(x: jax.Array) -> bool:
 
 
 def _choose(
-  xla: Callable, kernel: Callable, implementation: str | None, pays: bool
+  xla: Callable,
+  kernel: Callable,
+  implementation: str | None,
+  pays: bool,
+  hopper: Callable | None = None,
 ) -> Callable:
   """The reference, or a kernel by platform with the reference's derivatives.
+
+  The Hopper kernels have been compiled and interpreted, but no GPU has run
+  them: they must be asked for by name.
 
   The derivative is that of the reference in forward and in reverse mode, and
   of any order. It keeps the operands and nothing else: what it needs of the
@@ -118,7 +127,11 @@ def _choose(
     return xla
   run = jax.custom_jvp(
     functools.partial(
-      dispatch.call, xla=xla, pallas_tpu=kernel, implementation=implementation
+      dispatch.call,
+      xla=xla,
+      pallas_tpu=kernel,
+      pallas_gpu=hopper if implementation == "pallas_gpu" else None,
+      implementation=implementation,
     )
   )
 
