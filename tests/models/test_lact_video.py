@@ -260,10 +260,11 @@ class LayerTest(parameterized.TestCase):
     first = slice(REPEATS * SMALL.block, (REPEATS + 1) * SMALL.block)
     changed = X.copy()
     changed[:, first] += 1
-    params = init(SMALL)
+    config = dataclasses.replace(SMALL, cache=SMALL.block)
+    params = init(config)
     gate = jax.tree.map(np.zeros_like, params["fast_gate"])
     shut = params | {"fast_gate": gate}
-    call = jitted(SMALL, CLEAN)
+    call = jitted(config, CLEAN)
     same = [call(shut, x, PLACES)[0][:, last] for x in (X, changed)]
     np.testing.assert_array_equal(*same)
     moved = [call(params, x, PLACES)[0][:, last] for x in (X, changed)]
