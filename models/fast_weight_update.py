@@ -203,25 +203,22 @@ def update(state: State, tokens: Tokens, norms: Weights, rule: Rule) -> State:
   )
   if rule.axis is not None:
     step = _summed(step, rule)
-  decay = None
-  if momentum is not None:
-    mu = _mean(momentum.astype(step[0].dtype), valid, rule)
-    decay = mu, state.momentum
-  buffer = None
-  if rule.muon:
-    if decay is not None:
-      buffer = jax.tree.map(lambda d, m: d + mu * m, step, state.momentum)
-    step, decay = _orthogonal(buffer or step, rule), None
-  weights, total, moved = fast_weight.update(
-    state.accumulated if rule.prenorm else state.weights,
-    step,
-    norms if rule.weight_norm else None,
-    decay,
+  old = state.accumulated or state.weights
+  norms = norms if rule.weight_norm else None
+  finish = functools.partial(
+    fast_weight.update,
     keep_total=rule.prenorm,
     implementation=_not_hopper(rule),
   )
-  if momentum is not None and buffer is None:
-    buffer = moved
+  if momentum is None or state.momentum is None:
+    step = _orthogonal(step, rule) if rule.muon else step
+    weights, total, _ = finish(old, step, norms)
+    return State(weights, total)
+  mu = _mean(momentum.astype(step[0].dtype), valid, rule)
+  if not rule.muon:
+    return State(*finish(old, step, norms, (mu, state.momentum)))
+  buffer = jax.tree.map(lambda d, m: d + mu * m, step, state.momentum)
+  weights, total, _ = finish(old, _orthogonal(buffer, rule), norms)
   return State(weights, total, buffer)
 
 

@@ -281,7 +281,7 @@ class LactLayer(nn.Module):
       momentum = fast_heads.split(gate.reshape(*x.shape[:2], -1), heads)
     rates = fast_heads.rates(self._per_head(x, "rate", 3), cfg.rate)
     weights = fast_heads.for_rows(self._weights(), x.shape[0])
-    tokens = (*(fast_heads.split(y, heads) for y in (q, k, v)), rates)
+    q, k, v = (fast_heads.split(y, heads) for y in (q, k, v))
     rule = {
       "muon": cfg.muon,
       "momentum": momentum,
@@ -294,7 +294,10 @@ class LactLayer(nn.Module):
     if cache is None:
       out, state = fast_heads.scan(
         heads,
-        *tokens,
+        q,
+        k,
+        v,
+        rates,
         weights,
         chunk_size=cfg.chunk_size,
         order="causal" if cfg.causal else "bidirectional",
@@ -303,11 +306,18 @@ class LactLayer(nn.Module):
         **rule,
       )
     elif lengths is None:
-      out, state = decode_step(cache.fast, *tokens, **rule)
+      out, state = decode_step(cache.fast, q, k, v, rates, **rule)
     else:
       each = jnp.repeat(lengths, cfg.fast_heads)
       out, state = fast_weight_decode.prefill(
-        *tokens, weights, chunk_size=cfg.chunk_size, lengths=each, **rule
+        q,
+        k,
+        v,
+        rates,
+        weights,
+        chunk_size=cfg.chunk_size,
+        lengths=each,
+        **rule,
       )
     out = _norm(cfg, "fast_norm")(fast_heads.join(out, heads))
     if cfg.fast_gate:

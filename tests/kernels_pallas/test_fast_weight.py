@@ -1,6 +1,9 @@
 """Reading and writing fast weights: kernels against the reference, derivatives
 against formulas written out by hand and the authors' values."""
 
+# NumPy arrays stand for jax.Array; pytrees have no static type
+# pyright: reportArgumentType=false, reportCallIssue=false
+
 import functools
 import pathlib
 
