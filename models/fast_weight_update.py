@@ -204,7 +204,7 @@ def update(state: State, tokens: Tokens, norms: Weights, rule: Rule) -> State:
   if rule.axis is not None:
     step = _summed(step, rule)
   old = state.accumulated or state.weights
-  norms = norms if rule.weight_norm else None
+  target = norms if rule.weight_norm else None
   finish = functools.partial(
     fast_weight.update,
     keep_total=rule.prenorm,
@@ -212,13 +212,13 @@ def update(state: State, tokens: Tokens, norms: Weights, rule: Rule) -> State:
   )
   if momentum is None or state.momentum is None:
     step = _orthogonal(step, rule) if rule.muon else step
-    weights, total, _ = finish(old, step, norms)
+    weights, total, _ = finish(old, step, target)
     return State(weights, total)
   mu = _mean(momentum.astype(step[0].dtype), valid, rule)
   if not rule.muon:
-    return State(*finish(old, step, norms, (mu, state.momentum)))
+    return State(*finish(old, step, target, (mu, state.momentum)))
   buffer = jax.tree.map(lambda d, m: d + mu * m, step, state.momentum)
-  weights, total, _ = finish(old, _orthogonal(buffer, rule), norms)
+  weights, total, _ = finish(old, _orthogonal(buffer, rule), target)
   return State(weights, total, buffer)
 
 
