@@ -47,7 +47,12 @@ package = types.ModuleType("giantsteps")
 package.__path__ = [{root!r}]
 sys.modules["giantsteps"] = package
 from giantsteps.experiments.harness import kernel_report
-kernel_report.child(*sys.argv[1:])
+{source}
+kernel_report.write(example, *{asked!r})
+"""
+_EXAMPLE = """
+found = kernel_report.examples({name!r}, {case!r})
+example = next(e for e in found if e.name == {case!r})
 """
 
 
@@ -105,7 +110,8 @@ def estimate(
     name: the package in kernels_pallas.
     case: name of the example, in full.
     target: of `TARGETS`.
-    implementation: of `dispatch.IMPLEMENTATIONS`.
+    implementation: of `dispatch.IMPLEMENTATIONS`, or "auto", which is what a
+      user gets.
     blocks: block sizes instead of the tuned ones.
 
   Returns:
@@ -113,14 +119,35 @@ def estimate(
     "xla" and "kernels" with their parts, "memory" in bytes; or "fails", what
     the compiler says, if it refuses the program.
   """
+  source = _EXAMPLE.format(name=name, case=case)
+  out = {
+    "kernel": name,
+    "case": case,
+    "target": target,
+    "implementation": implementation,
+  }
+  return out | compile_source(source, target, implementation, blocks)
+
+
+def compile_source(
+  source: str,
+  target: str,
+  implementation: str,
+  blocks: dict[str, int] | None = None,
+) -> dict[str, Any]:
+  """As `estimate`, of the `example` that some Python source defines."""
   check_target(target)
   with tempfile.TemporaryDirectory() as folder:
     dump = pathlib.Path(folder) / "dump"
     flags = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
     root = str(pathlib.Path(__file__).resolve().parents[2])
-    asked = [name, case, target, implementation, folder, json.dumps(blocks)]
+    asked = (target, implementation, blocks, folder)
     done = subprocess.run(
-      [sys.executable, "-c", _CHILD.format(root=root), *asked],
+      [
+        sys.executable,
+        "-c",
+        _CHILD.format(root=root, source=source, asked=asked),
+      ],
       env=os.environ
       | {
         "LIBTPU_INIT_ARGS": flags,
@@ -133,40 +160,32 @@ def estimate(
     )
     written = pathlib.Path(folder) / "compiled.json"
     if done.returncode or not written.is_file():
-      raise RuntimeError(f"compiling {case!r}: {done.stderr[-3000:]}")
+      raise RuntimeError(f"the compiler for {target}: {done.stderr[-3000:]}")
     compiled = json.loads(written.read_text())
-    out = {
-      "kernel": name,
-      "case": case,
-      "target": target,
-      "implementation": implementation,
-      "flops": compiled["flops"],
-    }
     if "fails" in compiled:
-      return out | {"fails": compiled["fails"]}
-    return out | describe(compiled, dump, target)
+      return compiled
+    return describe(compiled, dump, target)
 
 
-def child(
-  name: str,
-  case: str,
+def write(
+  example: Example,
   target: str,
   implementation: str,
+  blocks: dict[str, int] | None,
   folder: str,
-  blocks: str,
 ) -> None:
-  """Compiles and leaves HLO and memory as JSON in the folder."""
-  example = next(e for e in examples(name, case) if e.name == case)
+  """In the child: compiles, leaves HLO and memory as JSON in the folder."""
   device = pod.slice_devices(TARGETS[target])[0]
-  out: dict[str, Any] = {"flops": example.flops}
+  kind = device.device_kind
+  out: dict[str, Any] = {"flops": example.flops, "device_kind": kind}
   try:
-    out["device_kind"] = device.device_kind
-    with tuning.target(device.device_kind, json.loads(blocks)) as asked:
-      lowered = example.lower(implementation, SingleDeviceSharding(device))
+    with tuning.target(kind, blocks) as asked:
+      chosen = None if implementation == "auto" else implementation
+      lowered = example.lower(chosen, SingleDeviceSharding(device))
       compiled = lowered.compile()
-    out["asked"] = sorted(set(asked))
     memory = compiled.memory_analysis()
     assert memory is not None
+    out["asked"] = sorted(set(asked))
     out["text"] = compiled.as_text()
     out["memory"] = {
       "arguments": memory.argument_size_in_bytes,
@@ -193,6 +212,7 @@ def describe(
   memory = compiled["memory"]
   moved = (memory["arguments"] + memory["outputs"]) / BANDWIDTH[target]
   return {
+    "flops": compiled["flops"],
     "microseconds": seconds * 1e6,
     "of_peak": compiled["flops"] / chip.flops / seconds if seconds else 0.0,
     "hbm_microseconds": moved * 1e6,

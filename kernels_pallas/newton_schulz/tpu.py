@@ -21,6 +21,15 @@ from giantsteps.kernels_pallas import tuning
 LANES = 128
 VMEM = 56 * 2**20  # bytes a program may take: a TPU v5p has 64 MiB
 _STRIP = 32  # rows at a time in elementwise passes, or registers run out
+# Matrices per program; sides of a block of A and Q; rows of A in one product;
+# terms of a sum that are added in registers; columns of Q X in one product.
+_BLOCKS = {
+  "matrices": 4,
+  "block": 256,
+  "height": 1024,
+  "depth": 512,
+  "columns": 256,
+}
 _NT = (((1,), (1,)), ((), ()))
 _NN = (((1,), (0,)), ((), ()))
 
@@ -100,7 +109,7 @@ def iterate(
   sizes = tuning.blocks(
     "newton_schulz",
     f"{rows}x{width} {dtype.name}{' kept' if keep else ''}",
-    {"matrices": 4, "block": 256, "depth": 512, "columns": 256},
+    _BLOCKS,
   )
   most = min(sizes["matrices"], VMEM // each, total)
   num = max(z for z in range(1, most + 1) if total % z == 0)
@@ -124,7 +133,7 @@ def iterate(
   flops = total * steps * (4 * rows**2 * width + 2 * rows**3)
   out = pl.pallas_call(
     functools.partial(
-      _body, steps, sizes["block"], sizes["depth"], sizes["columns"]
+      _body, steps, *(sizes[k] for k in ("block", "height", "depth", "columns"))
     ),
     grid=(total // num,),
     in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), whole],
@@ -147,7 +156,9 @@ def iterate(
   return out.reshape(*out.shape[:-3], *batch, m, n)
 
 
-def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
+def _body(
+  steps, block, height, depth, columns, coefficients, g_ref, out_ref, *scratch
+):
   """One program: g_ref [Z, m, n]; out_ref [Z, m, n], or all X [S, Z, m, n]."""
   keep = len(scratch) == 3
   x, gram, linear, poly = (out_ref, *scratch) if keep else scratch
@@ -158,14 +169,17 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
     precision=exact,
     preferred_element_type=jnp.float32,
   )
-  panels = _spans(m, block)
+  blocks = _spans(m, block)
+  upper = [(r, c) for i, c in enumerate(blocks) for r in blocks[:i]]
+  tiles = [*upper, *((r, r) for r in blocks)]
+  panels = [(r, c) for c in blocks for r in _spans(sum(c), height)]
 
   def depths(size):  # sums of more terms pass through memory, not registers
     return [slice(i, i + k) for i, k in _spans(size, depth)]
 
   def mirror(ref, z):
-    for j, w in panels[1:]:
-      ref[z, j : j + w, :j] = ref[z, :j, j : j + w].T
+    for (i, h), (j, w) in upper:
+      ref[z, j : j + w, i : i + h] = ref[z, i : i + h, j : j + w].T
 
   for z in range(num):
     _normalise(g_ref, x, z)
@@ -182,11 +196,11 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
     def _(phase):
       @pl.when(phase == 0)
       def _():
-        for j, w in panels:  # columns j.. of A, down to the diagonal
+        for (i, h), (j, w) in panels:
           for k in depths(n):
             for z in range(num):
-              s = dot(x[now, z, : j + w, k], x[now, z, j : j + w, k], _NT)
-              tile = (z, slice(0, j + w), slice(j, j + w))
+              s = dot(x[now, z, i : i + h, k], x[now, z, j : j + w, k], _NT)
+              tile = (z, slice(i, i + h), slice(j, j + w))
               s = s + linear[tile] if k.start else s
               if k.stop == n:
                 gram[tile] = s.astype(gram.dtype)
@@ -200,11 +214,11 @@ def _body(steps, block, depth, columns, coefficients, g_ref, out_ref, *scratch):
 
       @pl.when(phase == 1)
       def _():
-        for j, w in panels:
+        for (i, h), (j, w) in tiles:
           for k in depths(m):
             for z in range(num):
-              s = dot(gram[z, : j + w, k], gram[z, j : j + w, k], _NT)
-              tile = (z, slice(0, j + w), slice(j, j + w))
+              s = dot(gram[z, i : i + h, k], gram[z, j : j + w, k], _NT)
+              tile = (z, slice(i, i + h), slice(j, j + w))
               s = c * s + linear[tile]
               if k.stop == m:
                 poly[tile] = s.astype(poly.dtype)
@@ -243,7 +257,10 @@ def _copy(x, out_ref, z):
 
 def _strip(x) -> int:
   """Rows of an elementwise pass that fit into half of the registers or so."""
-  return max(16, min(LANES, 2 ** (2**16 // x.shape[-1]).bit_length() // 2))
+  n = x.shape[-1]
+  return max(
+    16, min(LANES, 2 ** (2**16 // n).bit_length() // 2 // -(-n // 1024))
+  )
 
 
 def _normalise(g_ref, x, z):

@@ -6,12 +6,16 @@
     harness.run_checked(kernel_tpu, *operands)            # races, bounds, NaN
     compiled = harness.compile_for(example, "v5e")        # chips not here
     harness.assert_holds_kernel(compiled)
+    harness.assert_within_record("newton_schulz", example, "v5e")
 
 where kernel_tpu takes `interpret=` and hands it to `pl.pallas_call`.
 """
 
 import functools
+import importlib.metadata
 import importlib.util
+import json
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +30,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import SingleDeviceSharding
 
+from giantsteps.experiments.harness import kernel_report
 from giantsteps.kernels_pallas.example import Example
 
 # Two cores, or a revisited block of a parallel grid axis is not a race;
@@ -40,6 +45,9 @@ STRICT = pltpu.InterpretParams(
 
 TPUS = {"v5e": "v5e:2x4", "v5p": "v5p:2x2x1", "v6e": "v6e:2x4"}
 GPUS = {"h200": "1x1x1"}
+# What one compiler said of every kernel, case and TPU. A better kernel is
+# recorded anew; a worse one needs a reason.
+RECORD = pathlib.Path(__file__).parent / "recorded.json"
 _TARGET_H200 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -251,3 +259,41 @@ def assert_holds_kernel(
   """The compiled program calls a Pallas kernel ("mosaic_gpu" on GPUs)."""
   text = compiled.as_text() or ""
   assert name in text, f"no {name} in the program: XLA alone was chosen"
+
+
+def assert_within_record(
+  name: str, example: Example, target: str
+) -> dict[str, Any]:
+  """The program of `implementation=None` is not worse than recorded.json.
+
+  Compared are cycles (1 % slack), spills and on-chip memory of the Pallas
+  kernels in it. Skips for another version of libtpu than was recorded.
+
+  Args:
+    name: package in kernels_pallas.
+    example: one of its examples.
+    target: of `TPUS`.
+
+  Returns:
+    The report of the compiler, see `kernel_report.estimate`.
+  """
+  device(target)  # skips without libtpu
+  record = json.loads(RECORD.read_text())
+  version = importlib.metadata.version("libtpu")
+  if version != record["libtpu"]:
+    pytest.skip(f"libtpu {version}: {record['libtpu']} is what was recorded")
+  report = kernel_report.estimate(name, example.name, target, "auto")
+  kernels = report["kernels"]
+  assert kernels, f"{example.name} on {target}: XLA alone was chosen"
+  found = {
+    "cycles": sum(kernel["cycles"] for kernel in kernels),
+    "spills": sum(kernel["spills"] for kernel in kernels),
+    "vmem": max(kernel["vmem"] for kernel in kernels),
+  }
+  assert not any(kernel["unknown_branches"] for kernel in kernels)
+  known = record.get(name, {}).get(f"{example.name}, {target}")
+  assert known, f"{example.name}, {target} is not in {RECORD}: {found}"
+  slack = {"cycles": 1.01, "spills": 1, "vmem": 1}
+  worse = {k: v for k, v in found.items() if v > slack[k] * known[k]}
+  assert not worse, f"{example.name}, {target}: {worse}, recorded {known}"
+  return report

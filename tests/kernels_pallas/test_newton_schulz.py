@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from giantsteps.kernels_pallas import tuning
+from giantsteps.kernels_pallas import example, tuning
 from giantsteps.kernels_pallas.newton_schulz import (
   FIXED,
   SCHEDULED,
+  examples,
   newton_schulz,
   reference,
   tpu,
@@ -117,3 +118,21 @@ def test_a_kernel_that_does_not_exist_is_refused():
     tpu.iterate(jnp.zeros((3, 2)), SCHEDULED, jnp.bfloat16)
   with pytest.raises(ValueError, match="float16"):
     tpu.iterate(jnp.zeros((2, 3)), (FIXED,), jnp.float16)
+
+
+EXAMPLES = examples.examples()
+
+
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
+def test_a_user_gets_the_kernel_on_every_chip(target):
+  small = functools.partial(newton_schulz, dtype=jnp.bfloat16)
+  operands = (jax.ShapeDtypeStruct((2, 256, 256), jnp.float32),)
+  case = example.Example("small", small, operands, 0.0)
+  harness.assert_holds_kernel(harness.compile_for(case, target))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("case", EXAMPLES, ids=lambda case: case.name)
+def test_the_compiler_is_as_content_as_it_was(case, target):
+  harness.assert_within_record("newton_schulz", case, target)
