@@ -50,3 +50,14 @@ def call(
   if not kernels:
     return xla(*operands)
   return jax.lax.platform_dependent(*operands, **kernels, default=xla)
+
+
+def result(
+  shape: tuple[int, ...], dtype: jax.typing.DTypeLike, operands: Any
+) -> jax.ShapeDtypeStruct:
+  """What a kernel returns: inside `shard_map` it differs from device to device
+  where one of the operands does."""
+  kinds = [jax.typeof(x).manual_axis_type for x in jax.tree.leaves(operands)]
+  varying = frozenset().union(*(kind.varying for kind in kinds))
+  kind = jax.sharding.ManualAxisType(varying=varying)
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)

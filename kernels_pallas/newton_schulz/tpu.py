@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from giantsteps.kernels_pallas import tuning
+from giantsteps.kernels_pallas import dispatch, tuning
 
 LANES = 128
 VMEM = 56 * 2**20  # bytes a program may take: a TPU v5p has 64 MiB
@@ -125,10 +125,10 @@ def iterate(
   ]
   if keep:
     out_spec = pl.BlockSpec(held, lambda i: (0, i, 0, 0))
-    shape = jax.ShapeDtypeStruct((slots, total, rows, width), dtype)
+    shape = dispatch.result((slots, total, rows, width), dtype, x)
   else:
     out_spec = whole
-    shape = jax.ShapeDtypeStruct((total, rows, width), jnp.float32)
+    shape = dispatch.result((total, rows, width), jnp.float32, x)
     scratch.insert(0, pltpu.VMEM(held, dtype))
   flops = total * steps * (4 * rows**2 * width + 2 * rows**3)
   out = pl.pallas_call(
