@@ -23,14 +23,13 @@ from giantsteps.models import lact, transformer
 
 
 def recall(overrides: list[str]) -> dict[str, config_lib.Config]:
-  """Config `recall` with each inner optimizer, Muon also in bfloat16."""
+  """Config `recall` with each inner optimizer."""
   base = config_lib.load("recall", overrides)
   inner = {
     "gradient descent": {"muon": False},
     "momentum": {"muon": False, "momentum": True},
     "Muon": {"muon": True},
     "Muon, prenorm": {"muon": True, "prenorm": True},
-    "Muon, prenorm, bfloat16": {"prenorm": True, "ns_dtype": "bfloat16"},
   }
   return {name: _replace(base, **change) for name, change in inner.items()}
 
