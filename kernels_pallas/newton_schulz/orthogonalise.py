@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from giantsteps.kernels_pallas import dispatch
 from giantsteps.kernels_pallas.newton_schulz import reference, tpu
 
-_SMALLEST = 256  # short side from which the kernel beats XLA on v5e, v5p, v6e
+# Short side of the smallest model whose estimates were compared with XLA's.
+_SMALLEST = 384
 
 
 def newton_schulz(
@@ -33,7 +34,8 @@ def newton_schulz(
       authors' code, changes results by some per cent.
     implementation: "xla", "pallas_tpu" (bfloat16 and float32 iterations), or
       None: on TPUs the kernel for bfloat16 where it is faster than XLA by the
-      compiler's estimate and its matrices fit on chip, else XLA.
+      compiler's estimate (a short side of 384 or more that fits on chip), else
+      XLA.
 
   Returns:
     [..., rows, columns] in g.dtype; zero where g is zero.

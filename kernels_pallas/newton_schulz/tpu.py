@@ -20,9 +20,9 @@ from giantsteps.kernels_pallas import dispatch, tuning
 
 LANES = 128
 VMEM = 56 * 2**20  # bytes a program may take: a TPU v5p has 64 MiB
-_STRIP = 32  # rows at a time in elementwise passes, or registers run out
-# Matrices per program; sides of a block of A and Q; rows of A in one product;
-# terms of a sum that are added in registers; columns of Q X in one product.
+# Matrices per program; sides of a block of A and Q; rows of X X^T in one
+# product (at most `block`: blocks); terms of a sum that are added in registers;
+# columns of Q X in one product.
 _BLOCKS = {
   "matrices": 4,
   "block": 256,
@@ -173,6 +173,7 @@ def _body(
   upper = [(r, c) for i, c in enumerate(blocks) for r in blocks[:i]]
   tiles = [*upper, *((r, r) for r in blocks)]
   panels = [(r, c) for c in blocks for r in _spans(sum(c), height)]
+  panels = panels if height > block else tiles
 
   def depths(size):  # sums of more terms pass through memory, not registers
     return [slice(i, i + k) for i, k in _spans(size, depth)]

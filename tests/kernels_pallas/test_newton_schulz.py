@@ -100,7 +100,7 @@ def test_zero_stays_zero():
     ((3, 4, 512, 512), "bfloat16", True),
     ((2, 1536, 768), "bfloat16", True),
     ((3, 4, 512, 512), "float32", False),  # precision is XLA's to choose
-    ((3, 4, 128, 512), "bfloat16", False),  # XLA is faster or as fast
+    ((3, 4, 256, 512), "bfloat16", False),  # not compared with XLA
     ((3, 2048, 2048), "bfloat16", False),  # does not fit on chip
   ],
 )
@@ -126,7 +126,7 @@ EXAMPLES = examples.examples()
 @pytest.mark.parametrize("target", ["v5e", "v5p", "v6e"])
 def test_a_user_gets_the_kernel_on_every_chip(target):
   small = functools.partial(newton_schulz, dtype=jnp.bfloat16)
-  operands = (jax.ShapeDtypeStruct((2, 256, 256), jnp.float32),)
+  operands = (jax.ShapeDtypeStruct((2, 384, 384), jnp.float32),)
   case = example.Example("small", small, operands, 0.0)
   harness.assert_holds_kernel(harness.compile_for(case, target))
 
