@@ -93,7 +93,7 @@ def _apply_body(
         r, to = pl.ds(j * rows + i, _LANES), pl.ds(i, _LANES)
         weights[0, j, to] = w0_ref[r].astype(dtype)
         weights[1, j, to] = w2_ref[r].astype(dtype)
-        weights[2, j, to] = w1_ref[:, r].T.astype(dtype)
+        weights[2, j, to] = w1_ref[:, r].astype(dtype).T
 
   def project(j):  # g, u
     features[j, 0] = _dot(q_ref[...], weights[0, j], _BETWEEN)
@@ -144,9 +144,10 @@ def gradient(
   tile, rows = blocks["tile"], blocks["rows"]
   most = pl.cdiv(length, tile)
   tiles = pl.cdiv(most, pl.cdiv(most, 1024 // tile))
-  rates = jnp.stack([x[..., 0] for x in learning_rates], 1)
-  rates = _padded(rates.astype(jnp.float32), 2, tile * tiles)
-  rates = rates.reshape(n, 3, -1, 1, tile)
+  rates = [
+    _padded(x.astype(jnp.float32), 1, tile * tiles).reshape(n, -1, 1, tile)
+    for x in learning_rates
+  ]
   k, v = (
     _padded(_padded(x, 1, tile * tiles), 2, _LANES)
     for x in (k, v.astype(k.dtype))
@@ -159,15 +160,13 @@ def gradient(
   )
   up = pl.BlockSpec((None, rows, d_padded), lambda n, i, t: (n, i, 0))
   down = pl.BlockSpec((None, d_padded, rows), lambda n, i, t: (n, 0, i))
-  rate = pl.BlockSpec(
-    (None, 3, tiles, 1, tile), lambda n, i, t: (n, 0, t, 0, 0)
-  )
-  operands = (w0, w1, w2, k, v, rates)
+  rate = pl.BlockSpec((None, tiles, 1, tile), lambda n, i, t: (n, t, 0, 0))
+  operands = (w0, w1, w2, k, v, *rates)
   products = 6 * n * k.shape[1] * h_padded * d_padded
   d0, d1, d2 = pl.pallas_call(
     functools.partial(_gradient_body, tile=tile, strip=_divisor(rows, 256)),
     grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
-    in_specs=[up, down, up, token, token, rate],
+    in_specs=[up, down, up, token, token, rate, rate, rate],
     out_specs=[up, down, up],
     out_shape=[_out(w.shape, jnp.float32, operands) for w in (w0, w1, w2)],
     scratch_shapes=[
@@ -191,7 +190,7 @@ def gradient(
 
 
 def _gradient_body(
-  w0_ref, w1_ref, w2_ref, k_ref, v_ref, rates_ref,
+  w0_ref, w1_ref, w2_ref, k_ref, v_ref, rate0_ref, rate1_ref, rate2_ref,
   d0_ref, d1_ref, d2_ref,
   weights, d1_transposed, features,
   *, tile, strip,
@@ -209,7 +208,7 @@ def _gradient_body(
     for r in (pl.ds(i, _LANES) for i in range(0, rows, _LANES)):
       weights[0, r] = w0_ref[r].astype(dtype)
       weights[1, r] = w2_ref[r].astype(dtype)
-      weights[2, r] = w1_ref[:, r].T.astype(dtype)
+      weights[2, r] = w1_ref[:, r].astype(dtype).T
       for out in (d0_ref, d2_ref, d1_transposed):
         out[r] = jnp.zeros((_LANES, out.shape[1]), out.dtype)
 
@@ -229,16 +228,16 @@ def _gradient_body(
       a = g * s
       features[i, 0, r] = a
       features[i, 3, r] = s * (1 + g - a)
-      x = (rates_ref[1, i] * (a * features[i, 1, r])).astype(dtype)
+      x = (rate1_ref[i] * (a * features[i, 1, r])).astype(dtype)
       d1_transposed[r] += _dot(x, v_ref[tokens(i)], _PLAIN)
 
     _loop(rows // strip, part)
 
   def write_up(i):  # D0, D2
     a, u, p, slope = (features[i, j] for j in range(4))
-    x = (rates_ref[2, i] * (p * a)).astype(dtype)
+    x = (rate2_ref[i] * (p * a)).astype(dtype)
     d2_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
-    x = (rates_ref[0, i] * (p * (u * slope))).astype(dtype)
+    x = (rate0_ref[i] * (p * (u * slope))).astype(dtype)
     d0_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
 
   for phase in (project, write_down, write_up):
