@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from giantsteps.kernels_pallas import tuning
+from giantsteps.kernels_pallas import dispatch, tuning
 from giantsteps.kernels_pallas.fast_weight.reference import EPSILON, Weights
 
 _BETWEEN = (((1,), (1,)), ((), ()))  # a b^T
@@ -60,7 +60,7 @@ def apply(
     grid=(n, q.shape[1] // tile),
     in_specs=[up, down, up, token],
     out_specs=token,
-    out_shape=_out(q.shape, q.dtype, operands),
+    out_shape=dispatch.result(q.shape, q.dtype, operands),
     scratch_shapes=[
       pltpu.VMEM((3, h // rows, rows, d_padded), q.dtype),
       pltpu.VMEM((h // rows, 2, tile, rows), jnp.float32),
@@ -168,7 +168,9 @@ def gradient(
     grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
     in_specs=[up, down, up, token, token, rate, rate, rate],
     out_specs=[up, down, up],
-    out_shape=[_out(w.shape, jnp.float32, operands) for w in (w0, w1, w2)],
+    out_shape=[
+      dispatch.result(w.shape, jnp.float32, operands) for w in (w0, w1, w2)
+    ],
     scratch_shapes=[
       pltpu.VMEM((3, rows, d_padded), k.dtype),
       pltpu.VMEM((rows, d_padded), jnp.float32),
@@ -328,7 +330,8 @@ def _update_one(total, step, norm, buffer, mu, keep_total, interpret):
     grid=(n, rows // block),
     in_specs=[spec for _, spec in given.values()],
     out_specs=[matrix] * len(wanted),
-    out_shape=[_out(total.shape, jnp.float32, operands)] * len(wanted),
+    out_shape=[dispatch.result(total.shape, jnp.float32, operands)]
+    * len(wanted),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel"), vmem_limit_bytes=_VMEM
     ),
@@ -374,11 +377,3 @@ def _divisor(size: int, most: int) -> int:
   return max(
     r for r in range(_LANES, min(size, most) + 1, _LANES) if size % r == 0
   )
-
-
-def _out(shape, dtype, operands):
-  """A result that varies over the mesh as the operands do."""
-  kinds = [jax.typeof(x).manual_axis_type for x in operands]
-  varying = frozenset().union(*(kind.varying for kind in kinds))
-  kind = jax.sharding.ManualAxisType(varying=varying)
-  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind)
