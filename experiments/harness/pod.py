@@ -30,6 +30,7 @@ from giantsteps.experiments.harness import (
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
+from giantsteps.kernels_pallas import tuning
 
 _NO_TPU_HERE = {  # what libtpu would ask the machine, and warn about
   "TPU_SKIP_MDS_QUERY": "1",
@@ -101,7 +102,8 @@ def lower(
   )
   batches = _batches(cfg, devices)
   update = training.compile_update(cfg, task, tx, devices)
-  traced = update.trace(state, batches, jnp.int32(1))
+  with tuning.target(chips[0].device_kind):
+    traced = update.trace(state, batches, jnp.int32(1))
   shapes = jax.eval_shape(task.init, jax.random.key(0))
   return Step(
     cfg=cfg,
