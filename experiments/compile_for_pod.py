@@ -19,6 +19,8 @@ from absl import flags, logging
 from giantsteps.experiments.harness import cli, pod
 from giantsteps.experiments.harness import config as config_lib
 
+compile_step = pod.compile_step
+
 _CONFIG = flags.DEFINE_string(
   "config", None, "Module in experiments/configs.", required=True
 )

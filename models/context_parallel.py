@@ -45,6 +45,9 @@ def call(
     ValueError: if the mesh lacks the axis.
   """
   mesh, name = parallel
+  if any(size > 1 for axis, size in mesh.shape.items() if axis != name):
+    # the partitioner, which has the other axes, cannot split a kernel
+    rule = dataclasses.replace(rule, implementation="xla")
   if name not in mesh.axis_names:
     raise ValueError(f"axis={name!r}: the mesh has {mesh.axis_names}")
   if isinstance(mesh, Mesh):  # `jax.make_mesh` types its axes Explicit

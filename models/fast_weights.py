@@ -123,6 +123,15 @@ def fast_weight_scan(
   norms = jax.lax.stop_gradient(norms) if detach_norm else norms
   if state is None:
     state = update.start(weights, prenorm, momentum is not None)
+  for name, kept, wanted in (
+    ("prenorm", state.accumulated, prenorm),
+    ("momentum", state.momentum, momentum is not None),
+  ):
+    if (kept is not None) != wanted:
+      raise ValueError(
+        f"state {'with' if kept else 'without'} {name}, but it is "
+        f"{'asked for' if wanted else 'not given'}: go on as it was begun"
+      )
   rule = Rule(
     muon=muon,
     prenorm=prenorm,
@@ -206,7 +215,8 @@ def context_parallel_scan(
   weights are gathered in k's dtype; otherwise all devices do all rows.
 
   Args:
-    mesh: the devices; other axes are left to the partitioner.
+    mesh: the devices; other axes are left to the partitioner, and where it
+      has some, XLA does all operations.
     axis: its name on the mesh.
     q, k, v, learning_rates, weights: as in `fast_weight_scan`.
     **options: its keywords, but `parallel`.

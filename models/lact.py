@@ -565,8 +565,9 @@ def decode(
     hidden, layers = _extend(
       config, params, token[:, None], position[:, None], cache.layers
     )
-    if config.window is None:  # an older token would be overwritten
-      lost = position >= cache.layers.keys.shape[2]
+    size = cache.layers.keys.shape[2]
+    if config.window is None or size < config.window:
+      lost = position >= size  # an older token would be overwritten
       hidden = jnp.where(lost[:, None, None], jnp.nan, hidden)
     return Cache(layers, position + 1), hidden[:, 0]
 

@@ -324,6 +324,8 @@ def words(report: dict[str, Any]) -> str:
       f"VMEM {kernel['vmem'] / 2**20:.1f} MiB"
     )
     if kernel["unknown_branches"]:
-      out.append(f"    {kernel['unknown_branches']} branches on data: taken")
+      out.append(
+        f"    {kernel['unknown_branches']} branches on data: not taken"
+      )
   out.append(f"  temporaries {memory['temporaries'] / 1e6:.1f} MB of HBM")
   return "\n".join(out)

@@ -9,6 +9,10 @@ from giantsteps.kernels_pallas import dispatch
 from giantsteps.kernels_pallas.fast_weight import gpu, reference, tpu
 from giantsteps.kernels_pallas.fast_weight.reference import Weights
 
+# Three matrices, float32 twice and bfloat16 once, beside what else a program
+# holds in the 64 MiB of a TPU v5p.
+_WEIGHTS = 40 * 2**20
+
 
 def apply(
   weights: Weights, q: jax.Array, *, implementation: str | None = None
@@ -18,14 +22,15 @@ def apply(
   Args:
     weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d].
     q: [N, C, d].
-    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
-      the compiler estimates it faster than XLA, by platform and shape.
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel on TPUs
+      for bfloat16, C >= 1024 and d, h >= 384 in multiples of 128 that fit.
 
   Returns:
     [N, C, d] in q.dtype.
   """
   pays = _pays(q, weights)
-  call = _choose(reference.apply, tpu.apply, implementation, pays, gpu.apply)
+  kernel = tpu.apply if _narrow(q) else None
+  call = _choose(reference.apply, kernel, implementation, pays, gpu.apply)
   return call(weights, q)
 
 
@@ -44,16 +49,15 @@ def gradient(
     k: [N, C, d].
     v: [N, C, d].
     learning_rates: three [N, C, 1], for W0, W1, W2.
-    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
-      the compiler estimates it faster than XLA, by platform and shape.
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel on TPUs
+      for bfloat16, C >= 1024 and d, h >= 384 in multiples of 128 that fit.
 
   Returns:
     D0 [N, h, d], D1 [N, d, h], D2 [N, h, d], float32 or wider.
   """
   pays = _pays(k, weights)
-  call = _choose(
-    reference.gradient, tpu.gradient, implementation, pays, gpu.gradient
-  )
+  kernel = tpu.gradient if _narrow(k) else None
+  call = _choose(reference.gradient, kernel, implementation, pays, gpu.gradient)
   return call(weights, k, v, learning_rates)
 
 
@@ -74,8 +78,8 @@ def update(
     norms: n, three [N, rows, 1]; None leaves the lengths of the rows.
     momentum: mu [N, 1, 1] and the buffers M; None is mu = 0.
     keep_total: returns Z beside W.
-    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel where
-      the compiler estimates it faster than XLA.
+    implementation: of `dispatch.IMPLEMENTATIONS`; None is the kernel on TPUs
+      for float32 and sides >= 384 in multiples of 128.
 
   Returns:
     W, Z (None unless `keep_total`) and M.
@@ -86,7 +90,9 @@ def update(
   )
   call = _choose(
     functools.partial(reference.update, keep_total=keep_total),
-    functools.partial(tpu.update, keep_total=keep_total),
+    functools.partial(tpu.update, keep_total=keep_total)
+    if total[0].dtype == "float32"
+    else None,
     implementation,
     pays,
   )
@@ -100,7 +106,12 @@ def _pays(x: jax.Array, weights: Weights) -> bool:
     and x.shape[1] >= 1024
     and min(weights[0].shape[1:]) >= 384
     and _aligned(weights[0])
+    and 30 * weights[0].shape[1] * weights[0].shape[2] <= _WEIGHTS
   )
+
+
+def _narrow(x: jax.Array) -> bool:
+  return x.dtype in ("bfloat16", "float32")
 
 
 def _aligned(x: jax.Array) -> bool:
@@ -109,7 +120,7 @@ def _aligned(x: jax.Array) -> bool:
 
 def _choose(
   xla: Callable,
-  kernel: Callable,
+  kernel: Callable | None,
   implementation: str | None,
   pays: bool,
   hopper: Callable | None = None,

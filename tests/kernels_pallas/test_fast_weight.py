@@ -434,3 +434,24 @@ def test_kernel_inside_a_shard_map():
   )
   compiled = jax.jit(jax.grad(loss, (0, 1, 2, 3))).lower(*operands).compile()
   harness.assert_holds_kernel(compiled)
+
+
+@pytest.mark.parametrize("name", ["apply", "gradient", "update"])
+def test_float64_has_no_kernel(name):
+  with jax.enable_x64(True):
+    w = (jnp.ones((1, 128, 128), jnp.float64),) * 3
+    x = jnp.ones((1, 128, 128), jnp.float64)
+    rate = (jnp.ones((1, 128, 1), jnp.float64),) * 3
+    operands = {"apply": (w, x), "gradient": (w, x, x, rate), "update": (w, w)}
+    function = getattr(fast_weight, name)
+    with pytest.raises(ValueError, match="'pallas_tpu': here there is xla"):
+      function(*operands[name], implementation="pallas_tpu")
+
+
+def test_a_memory_too_large_for_a_chip_is_left_to_xla():
+  sds = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+  for h, kernels in ((1_536, 1), (3_072, 0)):
+    w = sds(4, h, 768), sds(4, 768, h), sds(4, h, 768)
+    lowered = jax.jit(fast_weight.apply).trace(w, sds(4, 2_048, 768))
+    text = lowered.lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") == kernels

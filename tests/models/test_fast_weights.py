@@ -471,3 +471,17 @@ def test_decoding_rejects():
     lact.decode_state(x["weights"], 0)
   with pytest.raises(ValueError, match="have no rows"):
     lact.decode_state([w[0] for w in x["weights"]], C)
+
+
+@pytest.mark.parametrize("momentum", [False, True])
+def test_a_state_goes_on_as_it_was_begun(momentum):
+  token = jnp.ones((2, 6, 4))
+  rate = jnp.ones((2, 6, 1))
+  call = functools.partial(
+    lact.fast_weight_scan, token, token, token, (rate,) * 3, (jnp.eye(4),) * 3
+  )
+  _, begun = call(chunk_size=2, momentum=rate if momentum else None)
+  with pytest.raises(ValueError, match="with(out)? momentum"):
+    call(chunk_size=2, state=begun, momentum=None if momentum else rate)
+  with pytest.raises(ValueError, match="without prenorm"):
+    call(chunk_size=2, state=begun, prenorm=True)
