@@ -695,6 +695,15 @@ class ModelTest(parameterized.TestCase):
     np.testing.assert_allclose(hidden, want[:, 6:], atol=1e-4)
     np.testing.assert_array_equal(cache.lengths, [11, 11])
 
+  def test_a_cache_shorter_than_the_window_ends(self):
+    config = self.replace(window=8)
+    params = init(config)
+    cache = lact.init_cache(config, params, 1, 5)
+    tokens = random_tokens(1, 7)
+    hidden, _ = lact.decode(config, params, tokens, cache)
+    self.assertTrue(np.isfinite(hidden[:, :5]).all())
+    self.assertTrue(np.isnan(hidden[:, 5:]).all())
+
   def test_decoding_rejects(self):
     params, tokens = init(SMALL), random_tokens(2, 4)
     with self.assertRaisesRegex(ValueError, "causal=False"):
