@@ -3,7 +3,6 @@ learning rates of tokens, initial weights."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 from giantsteps.kernels_pallas import precision
 from giantsteps.kernels_pallas.fast_weight import Weights
 from giantsteps.models import partitioning
-from giantsteps.models.fast_weights import State, fast_weight_scan
 
 
 def split(x: jax.Array, num_heads: int) -> jax.Array:
@@ -84,43 +82,31 @@ def for_rows(weights: Weights, batch: int) -> Weights:
   return w0, w1, w2
 
 
-def scan(
-  num_heads: int,
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  learning_rates: Weights,
-  weights: Weights,
-  *,
-  momentum: jax.Array | None = None,
-  **options: Any,
-) -> tuple[jax.Array, State]:
-  """`fast_weight_scan` of all heads of a batch, each device its own.
+def on_each_device(function: Callable, num_heads: int) -> Callable:
+  """A function of all heads of a batch, such as `fast_weight_scan`, on a mesh.
 
   Heads and rows of a batch never meet, and a kernel is no program that the
-  partitioner could split: on a mesh every device runs those it holds.
+  partitioner could split: every device runs those it holds.
 
   Args:
+    function: of arrays and trees of arrays with leaves [B H, ...], and so are
+      its results; each row by itself.
     num_heads: H.
-    q, k, v: [B H, T, d].
-    learning_rates: three [B H, T, 1].
-    weights: W0, W1, W2 [B H, ., .].
-    momentum: [B H, T, 1] or None.
-    **options: static keywords of `fast_weight_scan`.
 
   Returns:
-    As it does.
+    The same function.
   """
-  arrays = (q, k, v, learning_rates, weights, momentum)
   apart = lambda x: x.reshape(-1, num_heads, *x.shape[1:])
   rows = lambda x: x.reshape(-1, *x.shape[2:])
 
-  def run(arrays):
-    *tokens, momentum = jax.tree.map(rows, arrays)
-    found = fast_weight_scan(*tokens, momentum=momentum, **options)
-    heads = arrays[0].shape[1]
-    split = lambda x: x.reshape(-1, heads, *x.shape[1:])
-    return jax.tree.map(split, found)
+  def call(*arrays, **named):
+    def run(tree):
+      heads = jax.tree.leaves(tree)[0].shape[1]
+      arrays, named = jax.tree.map(rows, tree)
+      found = function(*arrays, **named)
+      return jax.tree.map(lambda x: x.reshape(-1, heads, *x.shape[1:]), found)
 
-  arrays = jax.tree.map(apart, arrays)
-  return jax.tree.map(rows, partitioning.by_rows_and_heads(run)(arrays))
+    tree = jax.tree.map(apart, (arrays, named))
+    return jax.tree.map(rows, partitioning.by_rows_and_heads(run)(tree))
+
+  return call

@@ -5,6 +5,7 @@ fast_weights.py.
 """
 
 import dataclasses
+import functools
 import math
 import typing
 
@@ -284,7 +285,6 @@ class LactLayer(nn.Module):
     q, k, v = (fast_heads.split(y, heads) for y in (q, k, v))
     rule = {
       "muon": cfg.muon,
-      "momentum": momentum,
       "prenorm": cfg.prenorm,
       "newton_schulz": cfg.newton_schulz,
       "newton_schulz_steps": cfg.newton_schulz_steps,
@@ -292,33 +292,26 @@ class LactLayer(nn.Module):
       "implementation": cfg.implementation,
     }
     if cache is None:
-      out, state = fast_heads.scan(
-        heads,
-        q,
-        k,
-        v,
-        rates,
-        weights,
+      run = functools.partial(
+        fast_weight_scan,
         chunk_size=cfg.chunk_size,
         order="causal" if cfg.causal else "bidirectional",
         detach_norm=cfg.detach_norm,
         remat=cfg.remat_chunks,
         **rule,
       )
+      arrays, named = (q, k, v, rates, weights), {}
     elif lengths is None:
-      out, state = decode_step(cache.fast, q, k, v, rates, **rule)
+      run = functools.partial(decode_step, **rule)
+      arrays, named = (cache.fast, q, k, v, rates), {}
     else:
-      each = jnp.repeat(lengths, cfg.fast_heads)
-      out, state = fast_weight_decode.prefill(
-        q,
-        k,
-        v,
-        rates,
-        weights,
-        chunk_size=cfg.chunk_size,
-        lengths=each,
-        **rule,
+      run = functools.partial(
+        fast_weight_decode.prefill, chunk_size=cfg.chunk_size, **rule
       )
+      arrays = (q, k, v, rates, weights)
+      named = {"lengths": jnp.repeat(lengths, heads)}
+    run = fast_heads.on_each_device(run, heads)
+    out, state = run(*arrays, momentum=momentum, **named)
     out = _norm(cfg, "fast_norm")(fast_heads.join(out, heads))
     if cfg.fast_gate:
       gate = nn.silu(self._per_head(x, "fast_gate", 1))

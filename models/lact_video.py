@@ -16,6 +16,7 @@ with a kept `State`: `apply(x, ..., clean=(False,))` denoises,
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas import dispatch
 from giantsteps.models import fast_heads, fast_weights, layers
 from giantsteps.models.fast_weights import fast_weight_scan
 
@@ -45,6 +47,7 @@ class Config:
     muon, momentum, weight_norm, newton_schulz_steps, ns_dtype: as in
       `fast_weight_scan`; the lengths of the rows are not detached.
     remat_write: recomputes a write in the backward pass.
+    implementation: of the fast weights' kernels; None chooses by platform.
     rate: learning rate of a token before training.
     qk_norm: RMSNorm of q and k over the width, before the rotation.
     rope_theta: base of the rotary wavelengths.
@@ -66,6 +69,7 @@ class Config:
   newton_schulz_steps: int = 5
   ns_dtype: str | None = None
   remat_write: bool = True
+  implementation: str | None = None
   rate: float = 1e-3
   qk_norm: bool = True
   rope_theta: float = 10_000.0
@@ -89,6 +93,7 @@ class Config:
       raise ValueError(f"expansion={self.expansion}: leaves no hidden unit")
     for name, choices in (
       ("ns_dtype", (None, *_DTYPES)),
+      ("implementation", (None, *dispatch.IMPLEMENTATIONS)),
       ("dtype", _DTYPES),
       ("param_dtype", _DTYPES),
     ):
@@ -255,21 +260,25 @@ class VideoLayer(nn.Module):
       1.0,
       cfg.param_dtype,
     )
-    out, state = fast_weight_scan(
+    run = functools.partial(
+      fast_weight_scan,
+      order=_order(cfg.block, self.clean),
+      muon=cfg.muon,
+      weight_norm=cfg.weight_norm,
+      newton_schulz="fixed",
+      newton_schulz_steps=cfg.newton_schulz_steps,
+      ns_dtype=cfg.ns_dtype,
+      remat=cfg.remat_write,
+      implementation=cfg.implementation,
+    )
+    out, state = fast_heads.on_each_device(run, cfg.fast_heads)(
       q,
       k,
       v,
       fast_heads.rates(rate, cfg.rate),
       fast_heads.for_rows(weights, batch),
-      order=_order(cfg.block, self.clean),
-      muon=cfg.muon,
       momentum=momentum,
-      weight_norm=cfg.weight_norm,
-      newton_schulz="fixed",
-      newton_schulz_steps=cfg.newton_schulz_steps,
-      ns_dtype=cfg.ns_dtype,
       state=state,
-      remat=cfg.remat_write,
     )
     out = _norm(cfg, "fast_norm")(fast_heads.join(out, cfg.fast_heads))
     return out.reshape(x.shape), state

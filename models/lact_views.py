@@ -8,6 +8,7 @@ them, `render` reads them, in time independent of the number of input views.
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas import dispatch
 from giantsteps.kernels_pallas.fast_weight import Weights
 from giantsteps.models import dit, fast_heads, layers, partitioning
 from giantsteps.models.fast_weights import State, fast_weight_scan
@@ -40,6 +42,7 @@ class Config:
     newton_schulz_steps, ns_dtype: as in `fast_weight_scan`.
     remat: none, dots or full (`layers.remat`).
     remat_write: recomputes a write in the backward pass.
+    implementation: of the fast weights' kernels; None chooses by platform.
     unroll: blocks per turn of the scan over the stack.
     dtype: compute dtype; fast weights and images are float32 all the same.
     param_dtype: dtype of the parameters.
@@ -57,6 +60,7 @@ class Config:
   ns_dtype: str | None = None
   remat: str = "none"
   remat_write: bool = True
+  implementation: str | None = None
   unroll: int = 1
   dtype: str = "float32"
   param_dtype: str = "float32"
@@ -75,6 +79,7 @@ class Config:
       raise ValueError(f"expansion={self.expansion}: leaves no hidden unit")
     for name, choices in (
       ("ns_dtype", (None, *_DTYPES)),
+      ("implementation", (None, *dispatch.IMPLEMENTATIONS)),
       ("remat", layers.REMAT_POLICIES),
       ("dtype", _DTYPES),
       ("param_dtype", _DTYPES),
@@ -140,19 +145,23 @@ class FastLayer(nn.Module):
       cfg.param_dtype,
     )
     write = [(0, num_written, True, False)] if num_written else []
-    out, state = fast_weight_scan(
-      q,
-      k,
-      v,
-      rates,
-      fast_heads.for_rows(initial, batch),
+    run = functools.partial(
+      fast_weight_scan,
       order=[*write, (0, length, False, True)],
       detach_norm=True,
       newton_schulz="fixed",
       newton_schulz_steps=cfg.newton_schulz_steps,
       ns_dtype=cfg.ns_dtype,
-      state=None if weights is None else State(weights),
       remat=cfg.remat_write,
+      implementation=cfg.implementation,
+    )
+    out, state = fast_heads.on_each_device(run, cfg.fast_heads)(
+      q,
+      k,
+      v,
+      rates,
+      fast_heads.for_rows(initial, batch),
+      state=None if weights is None else State(weights),
     )
     out = fast_heads.join(out, cfg.fast_heads)
     out = layers.RMSNorm(1e-5, cfg.dtype, cfg.param_dtype, name="fast_norm")(

@@ -203,7 +203,7 @@ def _on_mesh(x, gates, chosen, gate, up, down):
   mesh = partitioning.automatic_mesh()
   if mesh is None:
     return apply_experts(x, gates, chosen, gate, up, down)
-  rows = P(partitioning.batch_axes(mesh))
+  rows = P(partitioning.row_axes(mesh, x.shape[0]))
   split = mesh.shape.get("model", 1)
   split = split if gate.shape[0] % split == 0 else 1
   experts = P("model") if split > 1 else P()

@@ -111,16 +111,17 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   mesh = automatic_mesh()
   if mesh is None:
     return x
-  rows = P(batch_axes(mesh), *[None] * (x.ndim - 1))
+  rows = P(row_axes(mesh, x.shape[0]), *[None] * (x.ndim - 1))
   return jax.lax.with_sharding_constraint(x, rows)
 
 
 def by_rows_and_heads(function: Callable) -> Callable:
   """function(tree) -> tree, leaves [B, H, ...]: every device runs its own.
 
-  Rows lie over the batch axes, heads over `model` where it divides them. The
-  function must treat each of them alone. Without a mesh, inside `shard_map` or
-  with rows that the axes do not divide, it is called as it is.
+  Rows lie over the batch axes, heads over `model`, where they divide them;
+  otherwise every device of the axis runs the same. The function must treat
+  each row and head alone. Without a mesh, and inside `shard_map`, it is called
+  as it is.
   """
 
   def call(tree):
@@ -128,14 +129,19 @@ def by_rows_and_heads(function: Callable) -> Callable:
     if mesh is None or mesh.size == 1:
       return function(tree)
     rows, heads = jax.tree.leaves(tree)[0].shape[:2]
-    axes = batch_axes(mesh)
-    if rows % math.prod(mesh.shape[axis] for axis in axes):
-      return function(tree)
     split = mesh.shape.get("model", 1) > 1 and heads % mesh.shape["model"] == 0
-    place = P(axes, "model" if split else None)
+    place = P(row_axes(mesh, rows), "model" if split else None)
     return jax.shard_map(function, in_specs=(place,), out_specs=place)(tree)
 
   return call
+
+
+def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...] | None:
+  """The batch axes if they divide the rows, else None: a held-out batch or a
+  prompt that is decoded lies whole on every device."""
+  axes = batch_axes(mesh)
+  parts = math.prod(mesh.shape[axis] for axis in axes)
+  return None if rows % parts else axes
 
 
 def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:

@@ -1,7 +1,8 @@
 """Device meshes from a flag: `--mesh data=8` or `--mesh data=4,model=2`."""
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,6 +128,23 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
   """Rows (dimension `axis`) are spread over the data and fsdp axes."""
   rows = partitioning.batch_axes(mesh)
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, rows))
+
+
+def traced_on(mesh: Mesh, function: Callable) -> Callable:
+  """The function, traced with the mesh in sight.
+
+  Experts and kernels must know which rows are their device's; a program for
+  one device is as if there were no mesh.
+  """
+  if mesh.size == 1:
+    return function
+
+  @functools.wraps(function)
+  def call(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return function(*args, **kwargs)
+
+  return call
 
 
 def own_rows(mesh: Mesh, size: int, process: int | None = None) -> np.ndarray:

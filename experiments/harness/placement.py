@@ -66,11 +66,9 @@ def _plain(cfg, task, mesh):
     mean = lambda: sharded_update.mean_gradient(
       task.loss, params, arrays, cfg.accumulate
     )
+    loss, grads = mesh_lib.traced_on(mesh, mean)()
     if mesh.size == 1:
-      return mean()
-    # experts and kernels must know which rows are their device's
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      loss, grads = mean()
+      return loss, grads
     return loss, jax.lax.with_sharding_constraint(grads, shardings(grads))
 
   def shardings(state):

@@ -154,6 +154,11 @@ def compile_update(
   )
 
 
+def compile_evaluate(task: tasks_lib.Task, mesh: Mesh) -> Callable:
+  """`task.evaluate` for parameters on the mesh and any number of rows."""
+  return jax.jit(mesh_lib.traced_on(mesh, task.evaluate))
+
+
 def state_shapes(
   cfg: config_lib.Config,
   task: tasks_lib.Task,
@@ -351,7 +356,7 @@ class _Loop:
     self.dataset, self.checkpoints, self.on_eval = dataset, checkpoints, on_eval
     self.label, self.longer = label, None
     self.rate = tasks_lib.schedule(cfg, cfg.optim.learning_rate)
-    self.evaluate = jax.jit(task.evaluate)
+    self.evaluate = compile_evaluate(task, mesh)
 
   def run(self, state: State, update: Callable, stop: Callable) -> State:
     """Steps until the config's end or until `stop()`."""
