@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.models import layers, moe, partitioning
+from giantsteps.kernels_pallas.block_attention import block_attention
+from giantsteps.models import kv_cache, layers, moe, partitioning
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -135,7 +136,6 @@ class Transformer(nn.Module):
 
   config: Config
 
-  @nn.compact
   def __call__(
     self,
     tokens: jax.Array,
@@ -152,6 +152,38 @@ class Transformer(nn.Module):
     Raises:
       ValueError: if tokens, positions or valid have another shape.
     """
+    return self.extend(tokens, positions, valid)[0]
+
+  @nn.compact
+  def extend(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    valid: jax.Array | None = None,
+    limits: jax.Array | None = None,
+    cache: kv_cache.Cache | None = None,
+    mix: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
+    """As `__call__`, for rows of different length and with a cache.
+
+    Args:
+      tokens: [B, T] int32.
+      positions: [B, T] int, also the slots of the cache that are written; one
+        outside of it is not.
+      valid: [B, T] bool, for experts.
+      limits: [B, T] int: token i sees positions below limits[:, i], and none
+        above its own if the model is causal. None: all T.
+      cache: keys and values of all positions; None: those of these tokens.
+      mix: (weight [B, T], vectors [B, T, D]): the input of a token becomes
+        (1 - weight) embedding + weight vector.
+
+    Returns:
+      [B, T, D] in dtype, and the cache with these tokens' keys and values.
+
+    Raises:
+      ValueError: if shapes do not fit, limits are missing, or the model's
+        attention window or short convolutions look beyond a cache.
+    """
     cfg = self.config
     if tokens.ndim != 2:
       raise ValueError(f"tokens {tokens.shape}: expected [B, T]")
@@ -165,6 +197,18 @@ class Transformer(nn.Module):
       raise ValueError(
         f"valid {valid.shape} does not fit tokens {tokens.shape}"
       )
+    if cache is not None and limits is None:
+      raise ValueError("a cache wants limits: its slots are not all filled")
+    if limits is not None and not ragged(cfg):
+      raise ValueError(
+        f"window={cfg.window}, short_conv={cfg.short_conv}: limits and caches "
+        "are for full attention without convolutions"
+      )
+    if limits is not None:
+      positions = jnp.broadcast_to(positions, tokens.shape)
+      limits = jnp.broadcast_to(limits, tokens.shape)
+    if limits is not None and cfg.causal:
+      limits = jnp.minimum(limits, positions + 1)
     # In bfloat16 neighbouring positions beyond 256 would be one.
     wide = layers.accumulator(cfg.dtype)
     frequency = jnp.asarray(_frequencies(cfg), wide)
@@ -177,6 +221,10 @@ class Transformer(nn.Module):
       embedding_init=nn.initializers.normal(_embedding_std(cfg)),
       name="embed",
     )(tokens)
+    if mix is not None:
+      weight, vectors = mix
+      weight = weight[..., None].astype(x.dtype)
+      x = (1 - weight) * x + weight * vectors.astype(x.dtype)
     if not cfg.tie_embeddings:
       self.param(
         "head",
@@ -188,13 +236,15 @@ class Transformer(nn.Module):
       layers.remat(partitioning.gather_layer(Block, "layers"), cfg.remat),
       variable_axes={"params": 0},
       split_rngs={"params": True},
-      in_axes=(nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+      in_axes=(0, *[nn.broadcast] * 4),  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
     )
-    x, load = stack(cfg, name="layers")(x, angle, valid)
+    (x, cache), load = stack(cfg, name="layers")(
+      (x, cache), jnp.arange(cfg.depth), angle, valid, positions, limits
+    )
     if cfg.num_experts:
       self.sow("intermediates", "load", load)
-    return _norm(cfg, "norm")(x)
+    return _norm(cfg, "norm")(x), cache
 
 
 class Block(nn.Module):
@@ -208,18 +258,38 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, angle: jax.Array, valid: jax.Array | None = None
-  ) -> tuple[jax.Array, moe.Load | None]:
-    """x [B, T, D], rotary angle [B or 1, T, K/2] -> [B, T, D], load or None."""
+    self,
+    carry: tuple[jax.Array, kv_cache.Cache | None],
+    layer: jax.Array,
+    angle: jax.Array,
+    valid: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    limits: jax.Array | None = None,
+  ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], moe.Load | None]:
+    """One block of the stack.
+
+    Args:
+      carry: x [B, T, D] and the cache of all layers, or None.
+      layer: [] int, which of them this is.
+      angle: [B or 1, T, K/2], rotary.
+      valid, positions, limits: as in `Transformer.extend`.
+
+    Returns:
+      The carry, and the experts' load or None.
+    """
+    x, cache = carry
     x = partitioning.constrain_rows(x)
-    x = x + self._attention(_norm(self.config, "attention_norm")(x), angle)
+    y = _norm(self.config, "attention_norm")(x)
+    y, cache = self._attention(y, angle, layer, positions, limits, cache)
+    x = x + y
     y = _norm(self.config, "mlp_norm")(x)
     if not self.config.num_experts:
-      return x + self._mlp(y), None
+      return (x + self._mlp(y), cache), None
     y, load = self._experts()(y, valid)
-    return x + y, load
+    return (x + y, cache), load
 
-  def _attention(self, x: jax.Array, angle: jax.Array) -> jax.Array:
+  def _attention(self, x, angle, layer, positions, limits, cache):
+    """x [B, T, D] -> [B, T, D] and the cache."""
     cfg = self.config
     q = self._heads(x, "q", cfg.num_heads)
     k = self._heads(x, "k", cfg.num_kv_heads)
@@ -227,9 +297,15 @@ class Block(nn.Module):
     if cfg.qk_norm:
       q, k = _norm(cfg, "q_norm")(q), _norm(cfg, "k_norm")(k)
     q, k = layers.rotate(q, angle), layers.rotate(k, angle)
-    out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
+    if cache is not None:
+      cache = kv_cache.put(cache, layer, positions, k, v)
+      k, v = kv_cache.layer(cache, layer, q.dtype)
+    if limits is None:
+      out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
+    else:
+      out = block_attention(q, k, v, limits)
     out = out.reshape(-1, cfg.num_heads * cfg.head_dim)
-    return self._out(out, "o").reshape(x.shape)
+    return self._out(out, "o").reshape(x.shape), cache
 
   def _heads(self, x: jax.Array, name: str, num_heads: int) -> jax.Array:
     """x [B, T, D] -> [B, T, num_heads, K]."""
@@ -300,6 +376,54 @@ class Bound:
       return self.params["head"]
     return self.params["embed"]["embedding"].T
 
+  @property
+  def ragged(self) -> bool:
+    """Whether a call takes rows of different length, and a cache."""
+    return isinstance(self.module, Transformer) and ragged(self.module.config)
+
+  @property
+  def causal(self) -> bool:
+    """Whether no token sees a later one."""
+    return self.module.config.causal  # pyright: ignore[reportAttributeAccessIssue]
+
+  def init_cache(self, rows: int, slots: int) -> kv_cache.Cache:
+    """An empty cache of `slots` positions for each row, in the model's dtype.
+
+    Raises:
+      ValueError: if the model takes none.
+    """
+    if not self.ragged:
+      raise ValueError(f"{type(self.module).__name__} of this config: no cache")
+    cfg = self.module.config  # pyright: ignore[reportAttributeAccessIssue]
+    shape = (cfg.depth, rows, slots, cfg.num_kv_heads, cfg.head_dim)
+    return kv_cache.Cache(*(jnp.zeros(shape, cfg.dtype) for _ in "kv"))
+
+  @property
+  def embedding(self) -> jax.Array:
+    """[V, D] in the parameters' dtype."""
+    return self.params["embed"]["embedding"]
+
+  def extend(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    cache: kv_cache.Cache | None,
+    limits: jax.Array,
+    mix: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
+    """`Transformer.extend`: the output at i has seen token i, and scores it or,
+    with `shift`, the next one."""
+    out = self.module.apply(
+      {"params": self.params},
+      tokens,
+      positions,
+      cache=cache,
+      limits=limits,
+      mix=mix,
+      method="extend",
+    )
+    return typing.cast(tuple[jax.Array, kv_cache.Cache | None], out)
+
   def forward(
     self,
     tokens: jax.Array,
@@ -309,9 +433,9 @@ class Bound:
     """Hidden states that predict the token at their own position.
 
     Args:
-      tokens: [B, T] int32.
+      tokens: [B, T] int32, all of one length.
       positions: [B, T] int; None counts from 0.
-      cache: None; there is no cache yet.
+      cache: None; caches go with `extend`.
 
     Returns:
       hidden [B, T, D] with hidden[:, i] @ head scoring tokens[:, i], and the
@@ -322,7 +446,7 @@ class Bound:
       ValueError: if a cache is given.
     """
     if cache is not None:
-      raise ValueError(f"cache={type(cache).__name__}: only None is known")
+      raise ValueError(f"cache={type(cache).__name__}: extend takes caches")
     hidden = self.module.apply({"params": self.params}, tokens, positions)
     assert isinstance(hidden, jax.Array)
     if self.shift:
@@ -380,6 +504,12 @@ def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
     head.astype(hidden.dtype),
     preferred_element_type=layers.accumulator(hidden.dtype),
   )
+
+
+def ragged(config: Config) -> bool:
+  """Whether the model takes limits and a cache: nothing in it looks a fixed
+  distance back."""
+  return config.window is None and not config.short_conv
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas.unmask_stats import Stats
+
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 SCHEDULES = ("even", "linear_time")
 Number = jax.Array | np.ndarray | float  # scalar, or [B] for one per row
@@ -109,7 +111,264 @@ class Autoregressive:
     return best(jnp.zeros_like(confidence), eligible)
 
 
-Rule = Threshold | Factor | TopN | Autoregressive
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Hierarchical:
+  """Commits the best of every run of masked positions; see `hierarchical`."""
+
+  high: Number
+  low: Number
+  confidence: ClassVar[str] = "probability"
+
+  def transfer(
+    self, confidence: jax.Array, eligible: jax.Array, progress: Progress
+  ) -> jax.Array:
+    del progress
+    before = jnp.pad(eligible, ((0, 0), (1, 0)))[:, :-1]
+    run = jnp.cumsum(eligible & ~before, -1)
+    together = eligible[:, None] & (run[:, None] == run[:, :, None])
+    place = jnp.arange(eligible.shape[1])
+    earlier = (place[None] < place[:, None])[None]
+    other, own = confidence[:, None], confidence[..., None]
+    ahead = together & ((other > own) | (other == own) & earlier)
+    leads = ~jnp.any(ahead, -1) & (confidence > _column(self.low))
+    sure = leads | (confidence > _column(self.high))
+    return eligible & sure | best(confidence, eligible)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Credit:
+  """A threshold on logits that remember what was likely; see `credit`."""
+
+  value: Number
+  alpha: Number
+  gamma: Number
+  beta: Number
+  confidence: ClassVar[str] = "probability"
+
+  def transfer(
+    self, confidence: jax.Array, eligible: jax.Array, progress: Progress
+  ) -> jax.Array:
+    rule = Threshold(self.value, "probability")
+    return rule.transfer(confidence, eligible, progress)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Smoothing:
+  """A falling threshold, masked inputs softened; see `smoothing`."""
+
+  value: Number
+  weight: Number
+  growth: Number
+  most: Number
+  fall: Number
+  confidence: ClassVar[str] = "probability"
+
+  def transfer(
+    self, confidence: jax.Array, eligible: jax.Array, progress: Progress
+  ) -> jax.Array:
+    value = 1 - jnp.asarray(self.fall) * jnp.asarray(progress.step)
+    rule = Threshold(jnp.maximum(value, self.value), "probability")
+    return rule.transfer(confidence, eligible, progress)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Remasking:
+  """Another rule that now and then takes back; see `remasking`."""
+
+  rule: "Rule"
+  count: Number
+  every: Number
+  times: Number
+
+  @property
+  def confidence(self) -> str:
+    return self.rule.confidence
+
+  def transfer(
+    self, confidence: jax.Array, eligible: jax.Array, progress: Progress
+  ) -> jax.Array:
+    return self.rule.transfer(confidence, eligible, progress)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Editing:
+  """A threshold that also replaces what it has committed; see `editing`."""
+
+  value: Number
+  edit: Number
+  post: Number
+  confidence: ClassVar[str] = "probability"
+
+  def transfer(
+    self, confidence: jax.Array, eligible: jax.Array, progress: Progress
+  ) -> jax.Array:
+    rule = Threshold(self.value, "probability")
+    return rule.transfer(confidence, eligible, progress)
+
+
+Rule = (
+  Threshold
+  | Factor
+  | TopN
+  | Autoregressive
+  | Hierarchical
+  | Credit
+  | Smoothing
+  | Remasking
+  | Editing
+)
+
+
+class View(NamedTuple):
+  """What a rule sees of the active blocks, [B, W] each but `progress`."""
+
+  token: jax.Array  # what would be committed
+  confidence: jax.Array  # of the rule's kind, higher is surer
+  probability: jax.Array  # of that token
+  eligible: jax.Array  # masked positions of the answer
+  decided: jax.Array  # positions that were committed
+  current: jax.Array  # tokens that stand there
+  committed_as: jax.Array  # probability of those when they were committed
+  progress: Progress
+
+
+class Change(NamedTuple):
+  """What becomes of the blocks."""
+
+  commit: jax.Array  # [B, W] bool, takes the new token
+  remask: jax.Array  # [B, W] bool, becomes masked again
+  hold: jax.Array  # [B] bool, the block goes on though nothing is masked
+
+
+def decide(rule: Rule, view: View) -> Change:
+  """One step of a rule; at least one position where any is eligible."""
+  none = jnp.zeros_like(view.eligible)
+  hold = jnp.zeros(none.shape[0], bool)
+  inner = rule.rule if isinstance(rule, Remasking) else rule
+  change = Change(
+    inner.transfer(view.confidence, view.eligible, view.progress), none, hold
+  )
+  match rule:
+    case Remasking():
+      turn = jnp.asarray(view.progress.step) + 1
+      due = (turn % rule.every == 0) & (turn <= rule.every * rule.times)
+      there = view.decided | change.commit
+      kept = jnp.where(change.commit, view.probability, view.committed_as)
+      worst = _rank(-kept, there) < _column(rule.count)
+      due = jnp.reshape(due, (-1, 1))
+      remask = there & worst & due
+      return Change(change.commit & ~remask, remask, hold)
+    case Editing():
+      better = view.probability > _column(rule.edit)
+      edit = view.decided & (view.token != view.current) & better
+      limit = view.progress.total + rule.post
+      again = jnp.any(edit, -1) & (view.progress.step + 1 < limit)
+      return Change(change.commit | edit, none, again)
+    case _:
+      return change
+
+
+class _Credits(NamedTuple):
+  """The matrix M of `credit`, at most W entries of each position."""
+
+  token: jax.Array  # [B, W, W] int32
+  value: jax.Array  # [B, W, W] float32, 0 where there is none
+
+
+def memory(rule: Rule, rows: int, size: int, width: int):
+  """What a rule keeps while it works on a block, at its entry.
+
+  Args:
+    rule: any.
+    rows, size: B, W.
+    width: D of the model.
+
+  Returns:
+    A pytree with leaves [B, ...]; None for rules that keep nothing.
+  """
+  match rule:
+    case Credit():
+      shape = (rows, size, size)
+      return _Credits(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape))
+    case Smoothing():
+      return jnp.zeros((rows, size, width))
+    case Remasking():
+      return memory(rule.rule, rows, size, width)
+    case _:
+      return None
+
+
+def wants_logits(rule: Rule) -> bool:
+  """Whether a rule looks at all logits of a block [B, W, V]."""
+  inner = rule.rule if isinstance(rule, Remasking) else rule
+  return isinstance(inner, Credit | Smoothing)
+
+
+def fuse(rule, logits, eligible, kept, step, model=None):
+  """Logits that a rule makes of the model's, and what it keeps of them.
+
+  Args:
+    rule: any.
+    logits: [B, W, V].
+    eligible: [B, W] bool.
+    kept: of `memory` or the last step.
+    step: [B] int32, steps in this block before this one.
+    model: has the embedding [V, D], for `smoothing`.
+
+  Returns:
+    [B, W, V] and the memory.
+  """
+  inner = rule.rule if isinstance(rule, Remasking) else rule
+  match inner:
+    case Credit():
+      return _fuse_credit(inner, logits, eligible, kept, step)
+    case Smoothing():
+      p = jax.nn.softmax(logits, -1)
+      embedding = model.embedding.astype(p.dtype)
+      return logits, jnp.einsum("bwv,vd->bwd", p, embedding)
+    case _:
+      return logits, kept
+
+
+def _fuse_credit(rule, logits, eligible, kept, step):
+  p = jax.nn.softmax(logits, -1)
+  top = jnp.argmax(logits, -1).astype(jnp.int32)[..., None]
+  gain = jnp.max(p, -1)[..., None] ** rule.gamma
+  value = jnp.where(step[:, None, None] > 0, kept.value * rule.beta, kept.value)
+  known = kept.token == top
+  slot = jnp.where(
+    jnp.any(known, -1), jnp.argmax(known, -1), jnp.argmin(value, -1)
+  )
+  here = jnp.arange(kept.token.shape[-1])[None, None] == slot[..., None]
+  here &= eligible[..., None]
+  old = jnp.where(known, value, 0)  # another token's place is taken over
+  kept = _Credits(
+    jnp.where(here, top, kept.token), jnp.where(here, old + gain, value)
+  )
+  rows, size = top.shape[:2]
+  place = (
+    jnp.arange(rows)[:, None, None],
+    jnp.arange(size)[None, :, None],
+    jnp.where(kept.token < 0, logits.shape[-1], kept.token),
+  )
+  bonus = rule.alpha * jnp.log1p(kept.value)
+  return logits.at[place].add(bonus.astype(logits.dtype), mode="drop"), kept
+
+
+def mix(rule: Rule, eligible: jax.Array, state):
+  """Weight [B, W] and vectors [B, W, D] that `smoothing` mixes into the inputs
+  of masked positions; None, None for other rules."""
+  inner = rule.rule if isinstance(rule, Remasking) else rule
+  if not isinstance(inner, Smoothing):
+    return None, None
+  grown = inner.weight + inner.growth * (state.step - 1)
+  weight = jnp.where(state.step > 0, jnp.minimum(grown, inner.most), 0)
+  return jnp.where(eligible, weight[:, None], 0), state.memory
 
 
 def threshold(value: Number = 0.9) -> Threshold:
@@ -179,6 +438,94 @@ def top_n(
   return TopN(_number(steps, np.int32), confidence, schedule)
 
 
+def hierarchical(high: Number = 0.9, low: Number = 0.4) -> Hierarchical:
+  """Commits probabilities above `high`, the best of every run of neighbouring
+  masked positions if above `low`, and the best of the block (dInfer).
+
+  Args:
+    high, low: scalar or [B]. Traced.
+  """
+  return Hierarchical(_number(high), _number(low))
+
+
+def credit(
+  value: Number = 0.9,
+  alpha: Number = 0.7,
+  gamma: Number = 0.2,
+  beta: Number = 0.8,
+) -> Credit:
+  """`threshold` on logits + alpha log(1 + M), M the credit of each token: every
+  step M falls by `beta` and grows by p^gamma at the best token (dInfer).
+
+  Begins anew in every block. Needs the logits of the active block [B, W, V].
+
+  Args:
+    value, alpha, gamma, beta: scalars. Traced.
+  """
+  return Credit(*map(_number, (value, alpha, gamma, beta)))
+
+
+def smoothing(
+  value: Number = 0.9,
+  weight: Number = 0.15,
+  growth: Number = 0.02,
+  most: Number = 0.3,
+  fall: Number = 0.02,
+) -> Smoothing:
+  """Masked inputs become (1-w) MASK + w times the expected embedding (dInfer).
+
+  After i steps of a block w = min(weight + growth (i-1), most), and what is
+  committed has a probability of at least max(value, 1 - fall i). Needs the
+  logits of the active block and a model that takes `mix`.
+
+  Args:
+    value, weight, growth, most, fall: scalars. Traced.
+  """
+  return Smoothing(*map(_number, (value, weight, growth, most, fall)))
+
+
+def remasking(
+  rule: Rule, count: Number, every: Number, times: Number
+) -> Remasking:
+  """Another rule whose least sure commits become masked again (ReMDM,
+  arXiv:2503.00307, as a schedule by number instead of probability).
+
+  Args:
+    rule: commits.
+    count: positions of the block that are taken back, those of the lowest
+      probability when they were committed.
+    every: steps of a block between two times. Traced, like all.
+    times: how often per block, so that it ends.
+
+  Raises:
+    ValueError: if a number is below 1 (count: 0), or the rules are nested.
+  """
+  if isinstance(rule, Remasking | Editing):
+    raise ValueError(f"remasking({type(rule).__name__}): takes a plain rule")
+  for name, x, low in (
+    ("count", count, 0),
+    ("every", every, 1),
+    ("times", times, 1),
+  ):
+    if not isinstance(x, jax.Array) and np.min(x) < low:
+      raise ValueError(f"{name}={x}: at least {low}")
+  return Remasking(rule, *(_number(x, np.int32) for x in (count, every, times)))
+
+
+def editing(
+  value: Number = 0.5, edit: Number = 0.0, post: Number = 8
+) -> Editing:
+  """`threshold`, and committed tokens of the block are replaced where the model
+  now prefers another one with a probability above `edit` (LLaDA2.1's joint
+  threshold). The block goes on while something is replaced, for at most `post`
+  steps after the number of its masks.
+
+  Args:
+    value, edit: scalar or [B]; post: scalar. Traced.
+  """
+  return Editing(_number(value), _number(edit), _number(post, np.int32))
+
+
 def autoregressive() -> Autoregressive:
   """Commits the leftmost masked position: one token per step, in order."""
   return Autoregressive()
@@ -216,6 +563,11 @@ def commit(
       raise ValueError("confidence='random' needs a key")
     noise = jax.random.uniform(key, masked.shape)
   logits = jnp.asarray(logits)
+  rows, size, _ = logits.shape
+  if isinstance(rule, Credit):
+    first = jnp.zeros(rows, jnp.int32)
+    kept = memory(rule, rows, size, 1)
+    logits, _ = fuse(rule, logits, masked, kept, first)
   token = jnp.argmax(logits, -1)
   sure = confidence(rule.confidence, logits, token, noise)
   total = jnp.sum(masked, -1)
@@ -256,6 +608,27 @@ def confidence(
     out = jnp.sum(jnp.where(p > 0, p * logp, 0), -1)
   # A model that returns NaN must not stop the loop from ending.
   return jnp.where(jnp.isnan(out), jnp.finfo(wide).min, out)
+
+
+def confidence_of(
+  kind: str, stats: Stats, noise: jax.Array | None
+) -> jax.Array:
+  """`confidence` from statistics of the logits, [B, W].
+
+  "margin" is that of the token over the best other one: below zero where
+  noise has chosen another token than the best.
+  """
+  if kind == "random":
+    assert noise is not None
+    return noise
+  if kind == "entropy":
+    out = -stats.entropy
+  else:
+    out = jnp.exp(stats.logit - stats.logsumexp)
+    if kind == "margin":
+      out -= jnp.exp(stats.second - stats.logsumexp)
+  # A model that returns NaN must not stop the loop from ending.
+  return jnp.where(jnp.isnan(out), jnp.finfo(out.dtype).min, out)
 
 
 def best(confidence: jax.Array, eligible: jax.Array) -> jax.Array:

@@ -1,23 +1,27 @@
 """The state of a decoder and the one step that all commit rules share.
 
-Every row has its own block cursor, step count and random stream, so what a
-row becomes does not depend on its neighbours in the batch.
+Every row has its own length, block cursor, step count and random stream, so
+what a row becomes does not depend on its neighbours in the batch.
 """
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from giantsteps.samplers.decoding import commit_rules
+from giantsteps.kernels_pallas.unmask_stats import reference, unmask_stats
+from giantsteps.samplers.decoding import commit_rules, kv_cache
 
 
 class Model(Protocol):
-  """What a decoder needs: hidden [B, L, D] whose position i, times the head,
-  scores token i. A pytree, so that parameters are arguments of programs."""
+  """What a decoder needs: hidden [B, T, D] whose column i, times the head,
+  scores token i. A pytree, so that parameters are arguments of programs.
+
+  A model that can mix rows of different length and keep a cache says so with
+  `ragged` = True and takes `limits` and `cache`: models/transformer.py `Bound`.
+  """
 
   @property
   def head(self) -> jax.Array:
@@ -25,148 +29,306 @@ class Model(Protocol):
     ...
 
   def forward(
-    self, tokens: jax.Array, positions: None = None, cache: None = None
-  ) -> tuple[jax.Array, None]:
-    """tokens [B, L] int32 -> hidden [B, L, D] and the cache."""
+    self, tokens: jax.Array, positions: Any = None, cache: Any = None
+  ) -> tuple[jax.Array, Any]:
+    """tokens [B, T] int32 -> hidden [B, T, D] and the cache."""
     ...
 
 
 class State(NamedTuple):
   """All rows between two model calls."""
 
-  tokens: jax.Array  # [B, L] int32, the mask token where masked
-  masked: jax.Array  # [B, L] bool, True = not committed yet
-  committed_at: jax.Array  # [B, L] int32, the call that committed it, or -1
+  tokens: jax.Array  # [B, S] int32, the mask token where masked
+  masked: jax.Array  # [B, S] bool, True = not committed yet
+  committed_at: jax.Array  # [B, S] int32, the call that committed it, or -1
+  sure: jax.Array  # [B, S] float32, probability when committed; 0 elsewhere
   nfe: jax.Array  # [B] int32, model calls while the row was unfinished
-  step: jax.Array  # [B] int32, model calls since the row's block was entered
+  block: jax.Array  # [B] int32, the active block; beyond the last: finished
+  step: jax.Array  # [B] int32, model calls since the block was entered
+  trips: jax.Array  # [] int32, steps of the batch
+  memory: Any  # of the rule, about the active block
+  cache: Any  # of the model, or None
 
 
 class Plan(NamedTuple):
   """What stays the same during a run, and is traced."""
 
   rule: commit_rules.Rule
-  first: jax.Array  # [] int32, position at which block 0 begins
-  forbidden: jax.Array  # [] int32, token that is never predicted; -1 is none
-  temperature: jax.Array | None  # [] float32; None takes the best token
+  first: jax.Array  # [B] int32, where block 0 begins
+  given: jax.Array  # [B] int32, length of the prompt
+  ends: jax.Array  # [B] int32, length of the row
+  mask_token: jax.Array  # [] int32
+  banned: jax.Array | None  # [E] int32, tokens that are never predicted
+  late: jax.Array | None  # [E] int32, tokens that are committed last
+  eos: jax.Array | None  # [E] int32: after one of them a row is finished
+  temperature: jax.Array | None  # [B] float32; None takes the best token
+  guidance: jax.Array | None  # [] float32, (1 + guidance) c - guidance u
   keys: jax.Array | None  # [B] keys, one random stream per row
 
 
-def init(tokens: jax.Array, masked: jax.Array, mask_token: jax.Array) -> State:
-  """State before the first call; tokens [B, L] int32, masked [B, L] bool."""
-  return State(
-    tokens=jnp.where(masked, mask_token, tokens),
+class Static(NamedTuple):
+  """What the program depends on."""
+
+  block_size: int
+  cache: kv_cache.Policy
+  transform: Callable | None = None  # of logits, when tokens are drawn
+
+
+def init(
+  model: Model,
+  tokens: jax.Array,
+  masked: jax.Array,
+  plan: Plan,
+  static: Static,
+) -> State:
+  """State before the first call; tokens [B, S] int32, masked [B, S] bool."""
+  rows, slots = tokens.shape
+  state = State(
+    tokens=jnp.where(masked, plan.mask_token, tokens),
     masked=masked,
     committed_at=jnp.full(tokens.shape, -1, jnp.int32),
-    nfe=jnp.zeros(tokens.shape[:1], jnp.int32),
-    step=jnp.zeros(tokens.shape[:1], jnp.int32),
+    sure=jnp.zeros(tokens.shape, jnp.float32),
+    nfe=jnp.zeros(rows, jnp.int32),
+    block=jnp.zeros(rows, jnp.int32),
+    step=jnp.zeros(rows, jnp.int32),
+    trips=jnp.int32(0),
+    memory=_memory(model, plan, rows, static.block_size),
+    cache=None,
   )
+  state = state._replace(block=_leftmost_block(state, plan, static.block_size))
+  if static.cache.name == "none":
+    return state
+  copies = 1 if plan.guidance is None else 2
+  return state._replace(cache=model.init_cache(copies * rows, slots))  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def step(
-  model: Model, state: State, plan: Plan, *, block_size: int, num_blocks: int
-) -> State:
-  """One model call: commits some positions of each row's active block.
+def finished(state: State, plan: Plan, block_size: int) -> jax.Array:
+  """[B] bool, rows that need no more calls."""
+  return state.block >= _num_blocks(plan, block_size)
+
+
+def step(model: Model, state: State, plan: Plan, static: Static) -> State:
+  """One step: commits some positions of each row's active block.
 
   The active block is the leftmost with a masked position. Head, noise and
   confidence are computed inside it only. Finished rows do not change.
-
-  Args:
-    model: see `Model`; called once.
-    state: as `init` or `step` return it.
-    plan: rule, noise and where the blocks begin.
-    block_size, num_blocks: positions per block, blocks per row.
-
-  Returns:
-    The next state; unfinished rows have one call more.
   """
-  hidden, _ = model.forward(state.tokens)
-  rows = jnp.arange(hidden.shape[0])[:, None]
-  block = _active_block(state.masked, plan.first, block_size)  # [B]
-  start = plan.first + block * block_size
-  index = start[:, None] + jnp.arange(block_size)[None]  # [B, W]
+  size = static.block_size
+  rows = jnp.arange(state.tokens.shape[0])[:, None]
+  start = plan.first + state.block * size
+  index = start[:, None] + jnp.arange(size)[None]  # [B, W]
+  done = finished(state, plan, size)
 
-  def window(x, outside):  # [B, L, ...] -> [B, W, ...]
+  def window(x, outside):  # [B, S, ...] -> [B, W, ...]
     return x.at[rows, index].get(mode="fill", fill_value=outside)
 
-  eligible = window(state.masked, False)
+  answer = (index >= plan.given[:, None]) & (index < plan.ends[:, None])
+  answer &= ~done[:, None]
+  eligible = window(state.masked, False) & answer
   committed_at = window(state.committed_at, -1)
+  decided = committed_at >= 0
+  now = window(state.tokens, 0)
+
+  weight, vectors = commit_rules.mix(plan.rule, eligible, state)
+  hidden, cache = kv_cache.look(
+    model,
+    kv_cache.Rows(state.tokens, start, plan.given, plan.ends, weight, vectors),
+    state.cache,
+    _due(state, done, static.cache),
+    static.cache,
+    plan.mask_token,
+    plan.guidance,
+  )
   progress = commit_rules.Progress(
     step=state.step,
-    total=jnp.sum(eligible | (committed_at >= 0), -1),
-    block=block,
-    num_blocks=num_blocks,
+    total=jnp.sum(eligible | decided, -1),
+    block=state.block,
+    num_blocks=_num_blocks(plan, size),
   )
-  scores = _scores(window(hidden, 0), model.head, plan.forbidden)
-  token, sure = _choose(plan, scores, state.nfe, index)
-  commit = plan.rule.transfer(sure, eligible, progress)
+  stats, memory = _stats(model, hidden, index, eligible, state, plan, static)
+  probability = jnp.exp(stats.logit - stats.logsumexp)
+  order = None
+  if plan.rule.confidence == "random":
+    order = _draw(jax.random.uniform, plan.keys, 2 * state.nfe + 1, index)
+  sure = commit_rules.confidence_of(plan.rule.confidence, stats, order)
+  if plan.late is not None:
+    late = jnp.any(stats.token[..., None] == plan.late[None, None], -1)
+    sure = jnp.where(late, jnp.finfo(sure.dtype).min, sure)
 
-  def put(x, value):  # positions of the window outside [0, L) are dropped
-    value = jnp.where(commit, value, window(x, 0))
+  change = commit_rules.decide(
+    plan.rule,
+    commit_rules.View(
+      token=stats.token,
+      confidence=sure,
+      probability=probability,
+      eligible=eligible,
+      decided=decided & answer & ~eligible,
+      current=now,
+      committed_as=window(state.sure, 0),
+      progress=progress,
+    ),
+  )
+  masked = eligible & ~change.commit | change.remask
+  token = jnp.where(change.commit, stats.token, now)
+  token = jnp.where(change.remask, plan.mask_token, token)
+
+  def put(x, where, value):  # positions outside [0, S) are dropped
+    value = jnp.where(where, value, window(x, 0)).astype(x.dtype)
     return x.at[rows, index].set(value, mode="drop")
 
-  masked = put(state.masked, False)
-  entered = block != _active_block(masked, plan.first, block_size)
-  return State(
-    tokens=put(state.tokens, token),
-    masked=masked,
-    committed_at=put(state.committed_at, state.nfe[:, None]),
-    nfe=state.nfe + jnp.any(state.masked, -1),
-    step=jnp.where(entered, 0, state.step + 1),
+  touched = change.commit | change.remask
+  tried = state._replace(
+    tokens=put(state.tokens, touched, token),
+    masked=put(state.masked, answer, masked),
+    committed_at=put(
+      put(state.committed_at, change.commit, state.nfe[:, None]),
+      change.remask,
+      -1,
+    ),
+    sure=put(state.sure, change.commit, probability),
+    nfe=state.nfe + ~done,
+    step=state.step + 1,
+    trips=state.trips + 1,
+    memory=memory,
+    cache=cache,
   )
+  return _leave(model, tried, ~change.hold & ~done, eligible, plan, static)
 
 
 def run(
-  model: Model, state: State, plan: Plan, *, block_size: int, num_blocks: int
+  model: Model, state: State, plan: Plan, static: Static, trips: jax.Array
 ) -> State:
-  """Steps until no position is masked; the model stands once in the program."""
+  """Steps until all rows are finished, `trips` at most."""
+  last = state.trips + trips
 
   def unfinished(state):
-    return jnp.any(state.masked)
+    more = ~jnp.all(finished(state, plan, static.block_size))
+    return more & (state.trips < last)
 
   def body(state):
-    return step(
-      model, state, plan, block_size=block_size, num_blocks=num_blocks
-    )
+    return step(model, state, plan, static)
 
   return jax.lax.while_loop(unfinished, body, state)
 
 
-def _active_block(
-  masked: jax.Array, first: jax.Array, block_size: int
-) -> jax.Array:
-  """Block of the leftmost masked position, 0 in finished rows: [B] int32."""
-  leftmost = jnp.argmax(masked, -1).astype(jnp.int32)
-  return jnp.maximum(leftmost - first, 0) // block_size
+def _due(state, done, policy):
+  """Rows whose cache is to be computed anew: [B] bool, None without one."""
+  match policy.name:
+    case "none":
+      return None
+    case "block":
+      due = state.nfe == 0
+    case "refresh":
+      due = state.step % policy.every == 0
+    case _:
+      due = state.step == 0
+  return due & ~done
 
 
-def _scores(
-  hidden: jax.Array, head: jax.Array, forbidden: jax.Array
-) -> jax.Array:
-  """Logits of a window without the forbidden token: [B, W, V] float32."""
-  wide = np.promote_types(hidden.dtype, np.float32)
-  logits = jnp.matmul(
-    hidden.astype(wide), head.astype(wide), precision="highest"
-  )
-  banned = jnp.arange(logits.shape[-1]) == forbidden
-  return jnp.where(banned[None, None], -jnp.inf, logits)
+def _leave(model, state, may, before, plan, static):
+  """Rows that have finished their block enter the next, or end with an EOS.
 
-
-def _choose(
-  plan: Plan, logits: jax.Array, nfe: jax.Array, index: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-  """Token [B, W] int32 and confidence [B, W] at positions index [B, W]."""
-  noised, order, kind = logits, None, plan.rule.confidence
-  if plan.temperature is not None:
-    # argmax(logits + T gumbel) has the law softmax(logits / T). The usual
-    # 23-bit uniforms cut its tail off (arXiv:2409.02908).
-    gumbel = functools.partial(
-      jax.random.gumbel, shape=logits.shape[-1:], mode="high"
+  Args:
+    model: see `Model`.
+    state: after the commits of a step.
+    may: [B] bool, rows that may leave.
+    before: [B, W] bool, what of the block was masked before the step.
+    plan, static: as ever.
+  """
+  size = static.block_size
+  place = jnp.arange(state.tokens.shape[1])[None]
+  start = plan.first + state.block * size
+  inside = (place >= start[:, None]) & (place < start[:, None] + size)
+  leave = may & ~jnp.any(state.masked & inside, -1)
+  ended = jnp.zeros_like(leave)
+  if plan.eos is not None:
+    answer = (place >= plan.given[:, None]) & (place < plan.ends[:, None])
+    is_end = jnp.any(state.tokens[..., None] == plan.eos[None, None], -1)
+    is_end &= answer & ~state.masked
+    ended = leave & jnp.any(is_end, -1)
+    first = jnp.argmax(is_end, -1)[:, None]
+    over = ended[:, None] & answer & (place > first)
+    state = state._replace(  # all that is left of the row is EOS
+      tokens=jnp.where(over, plan.eos[0], state.tokens),
+      masked=state.masked & ~over,
     )
-    noised += plan.temperature * _draw(gumbel, plan.keys, 2 * nfe, index)
-  if kind == "random":
-    order = _draw(jax.random.uniform, plan.keys, 2 * nfe + 1, index)
-  token = jnp.argmax(noised, -1).astype(jnp.int32)
-  return token, commit_rules.confidence(kind, logits, token, order)
+  last = ended | ~jnp.any(state.masked, -1)
+  if static.cache.must_reread:
+    leave &= last | ~jnp.any(before, -1)
+  following = _leftmost_block(state, plan, size)
+  if static.cache.name == "block":  # blocks in between are read all the same
+    following = jnp.minimum(following, state.block + 1)
+  following = jnp.where(last, _num_blocks(plan, size), following)
+  fresh = _memory(model, plan, len(leave), size)
+  reset = lambda x, new: jnp.where(
+    leave.reshape(-1, *[1] * (x.ndim - 1)), new, x
+  )
+  return state._replace(
+    block=jnp.where(leave, following, state.block),
+    step=jnp.where(leave, 0, state.step),
+    memory=jax.tree.map(reset, state.memory, fresh),
+  )
+
+
+def _memory(model, plan, rows, size):
+  """Of the rule, at the entry of a block."""
+  return commit_rules.memory(plan.rule, rows, size, model.head.shape[0])
+
+
+def _num_blocks(plan: Plan, block_size: int) -> jax.Array:
+  """Blocks of each row: [B] int32."""
+  return -((plan.first - plan.ends) // block_size)
+
+
+def _leftmost_block(state: State, plan: Plan, block_size: int) -> jax.Array:
+  """Block of the leftmost masked position, beyond the last if there is none."""
+  leftmost = jnp.argmax(state.masked, -1).astype(jnp.int32)
+  block = jnp.maximum(leftmost - plan.first, 0) // block_size
+  some = jnp.any(state.masked, -1)
+  return jnp.where(some, block, _num_blocks(plan, block_size))
+
+
+def _stats(model, hidden, index, eligible, state, plan, static):
+  """Statistics of the window's logits, [B, W] each, and the rule's memory."""
+  rows, size, width = hidden.shape
+  head = model.head
+  bias = None
+  if plan.banned is not None:
+    bias = jnp.zeros(head.shape[1], jnp.float32)
+    bias = bias.at[plan.banned].set(-jnp.inf, mode="drop")
+  seeds = temperature = None
+  if plan.temperature is not None:
+    bits = functools.partial(jax.random.bits, shape=(2,), dtype=jnp.uint32)
+    seeds = _draw(bits, plan.keys, 2 * state.nfe, index)
+    temperature = jnp.repeat(plan.temperature, size)
+    seeds = seeds.reshape(-1, 2)
+  flat = hidden.reshape(-1, width)
+  memory = state.memory
+  if static.transform is None and not commit_rules.wants_logits(plan.rule):
+    stats = unmask_stats(
+      flat, head, bias=bias, temperature=temperature, seeds=seeds
+    )
+  else:
+    logits = reference.project(flat, head)
+    if bias is not None:
+      logits += bias[None]
+    if commit_rules.wants_logits(plan.rule):
+      apart = logits.reshape(rows, size, -1)
+      apart, memory = commit_rules.fuse(
+        plan.rule, apart, eligible, memory, state.step, model
+      )
+      logits = apart.reshape(logits.shape)
+    noised = logits
+    if temperature is not None:
+      noised = logits / temperature[:, None]
+      if static.transform is not None:
+        noised = static.transform(noised)
+      noised += reference.gumbel(seeds, logits.shape[1]).astype(logits.dtype)
+      # temperature 0 in a row of a batch that samples: the best token
+      noised = jnp.where((temperature > 0)[:, None], noised, logits)
+    column = jnp.arange(logits.shape[1], dtype=jnp.int32)
+    stats = reference.finish(reference.summarise(logits, noised, column))
+  return jax.tree.map(lambda x: x.reshape(rows, size), stats), memory
 
 
 def _draw(

@@ -231,7 +231,8 @@ class StackTest(parameterized.TestCase):
     x = embedding[TOKENS]
     for i in range(SMALL.depth):
       one = jax.tree.map(lambda a: a[i], params["layers"])  # noqa: B023
-      x, _ = block({"params": one}, x, jnp.asarray(angle, jnp.float32))
+      turn = jnp.asarray(angle, jnp.float32)
+      (x, _), _ = block({"params": one}, (x, None), jnp.int32(i), turn)
     x = np.asarray(x, np.float64)
     x /= np.sqrt((x**2).mean(-1, keepdims=True) + SMALL.eps)
     expected = x * np.asarray(params["norm"]["scale"]) @ params["head"]
@@ -347,7 +348,7 @@ class BoundTest(parameterized.TestCase):
     self.assertGreater(np.abs(first - second).max(), 0.1)
 
   def test_unknown_cache(self):
-    with self.assertRaisesRegex(ValueError, "cache=dict"):
+    with self.assertRaisesRegex(ValueError, "cache=dict: extend"):
       transformer.bind(SMALL, params_of(SMALL)).forward(TOKENS, None, {})
 
 

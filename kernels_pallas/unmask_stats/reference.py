@@ -1,0 +1,175 @@
+"""The statistics of a head's logits, written plainly and in tiles."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from giantsteps.kernels_pallas import precision
+from giantsteps.kernels_pallas.unmask_stats import noise
+
+TILE = 4096  # columns of the head per turn of the loop
+
+
+class Stats(NamedTuple):
+  """What a decoder needs of one position's logits.
+
+  Attributes:
+    token: [T] int32, argmax of logits + temperature * Gumbel noise; the lowest
+      of equals.
+    logit: [T] of that token, without noise.
+    logsumexp: [T], so that logit - logsumexp is its log probability.
+    entropy: [T] nats of softmax(logits).
+    second: [T] the highest logit of all other tokens.
+  """
+
+  token: jax.Array
+  logit: jax.Array
+  logsumexp: jax.Array
+  entropy: jax.Array
+  second: jax.Array
+
+
+class Partial(NamedTuple):
+  """The same of some columns, such that two of them can be merged: [T] each.
+
+  `total` and `moment` are the sums of e^(l - first) and of (l - first) times
+  that; `first` and `runner_up` are the two highest logits, `best` the highest
+  one with noise and `token`, `logit` whose it is.
+  """
+
+  first: jax.Array
+  first_token: jax.Array
+  runner_up: jax.Array
+  total: jax.Array
+  moment: jax.Array
+  best: jax.Array
+  token: jax.Array
+  logit: jax.Array
+
+
+def unmask_stats(
+  hidden: jax.Array,
+  head: jax.Array,
+  bias: jax.Array | None,
+  temperature: jax.Array | None,
+  seeds: jax.Array | None,
+  tile: int = TILE,
+) -> Stats:
+  """`unmask_stats`, one tile of the vocabulary after the other.
+
+  Holds [T, tile] logits at a time.
+  """
+  size = head.shape[1]
+  tile = min(tile, size)
+  column = jnp.arange(tile, dtype=jnp.int32)
+
+  def part(start, fresh):
+    """Columns start .. start + tile, those before `fresh` left out."""
+    columns = jax.lax.dynamic_slice_in_dim(head, start, tile, 1)
+    logits = project(hidden, columns)
+    if bias is not None:
+      these = jax.lax.dynamic_slice_in_dim(bias, start, tile, 0)
+      logits += these.astype(logits.dtype)[None]
+    token = start + column
+    logits = jnp.where((token >= fresh)[None], logits, -jnp.inf)
+    noised = logits
+    if temperature is not None:
+      assert seeds is not None
+      random = noise.gumbel(seeds[:, None], token[None])
+      noised = logits + temperature[:, None] * random.astype(logits.dtype)
+    return summarise(logits, noised, token)
+
+  count = -(-size // tile)
+  if count == 1:
+    return finish(part(0, 0))
+
+  def add(i, found):
+    start = jnp.minimum(i * tile, size - tile)  # the last one overlaps
+    return merge(found, part(start, i * tile))
+
+  return finish(jax.lax.fori_loop(1, count, add, part(0, 0)))
+
+
+def gumbel(seeds: jax.Array, size: int) -> jax.Array:
+  """The noise of all tokens: seeds [T, 2] uint32 -> [T, size] float32."""
+  token = jnp.arange(size, dtype=jnp.int32)
+  return noise.gumbel(seeds[:, None], token[None])
+
+
+def project(hidden: jax.Array, columns: jax.Array) -> jax.Array:
+  """[T, D] @ [D, C], accumulated in float32 or wider, exact for float32."""
+  narrow = columns.astype(hidden.dtype)
+  exact = None if hidden.dtype.itemsize < 4 else jax.lax.Precision.HIGHEST
+  return jnp.matmul(
+    hidden,
+    narrow,
+    precision=exact,
+    preferred_element_type=precision.accumulator(hidden.dtype),
+  )
+
+
+def summarise(
+  logits: jax.Array, noised: jax.Array, token: jax.Array
+) -> Partial:
+  """Of columns [T, C] with ids token [C]."""
+  place = jnp.argmax(logits, -1)[:, None]
+  first = jnp.max(logits, -1)
+  rest = jnp.where(jnp.arange(token.size)[None] == place, -jnp.inf, logits)
+  shifted = logits - _finite(first)[:, None]
+  mass = jnp.exp(shifted)
+  chosen = jnp.argmax(noised, -1)[:, None]
+  take = lambda x, i: jnp.take_along_axis(x, i, -1)[:, 0]
+  return Partial(
+    first=first,
+    first_token=token[place[:, 0]],
+    runner_up=jnp.max(rest, -1),
+    total=jnp.sum(mass, -1),
+    moment=jnp.sum(jnp.where(mass > 0, mass * shifted, 0), -1),
+    best=take(noised, chosen),
+    token=token[chosen[:, 0]],
+    logit=take(logits, chosen),
+  )
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+  """Of all columns of a and of b, whose ids are higher."""
+  first = jnp.maximum(a.first, b.first)
+  total, moment = 0.0, 0.0
+  for part in (a, b):
+    fall = jnp.where(part.total > 0, part.first - _finite(first), 0)
+    scale = jnp.where(part.total > 0, jnp.exp(fall), 0)
+    total += scale * part.total
+    moment += scale * (part.moment + fall * part.total)
+  ahead = b.first > a.first
+  beats = b.best > a.best
+  lower = jnp.minimum(a.first, b.first)
+  return Partial(
+    first=first,
+    first_token=jnp.where(ahead, b.first_token, a.first_token),
+    runner_up=jnp.maximum(jnp.maximum(a.runner_up, b.runner_up), lower),
+    total=total,
+    moment=moment,
+    best=jnp.where(beats, b.best, a.best),
+    token=jnp.where(beats, b.token, a.token),
+    logit=jnp.where(beats, b.logit, a.logit),
+  )
+
+
+def finish(x: Partial) -> Stats:
+  """The statistics of the whole vocabulary."""
+  log_total = jnp.log(x.total)
+  return Stats(
+    token=x.token.astype(jnp.int32),
+    logit=x.logit,
+    logsumexp=x.first + log_total,
+    # rounding may leave a sure position below zero
+    entropy=jnp.maximum(log_total - x.moment / x.total, 0),
+    second=jnp.where(x.token == x.first_token, x.runner_up, x.first),
+  )
+
+
+def _finite(x: jax.Array) -> jax.Array:
+  """0 for -inf, where nothing is left of a tile."""
+  return jnp.where(x == -np.inf, 0, x)
