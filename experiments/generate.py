@@ -1,17 +1,21 @@
-"""Continues byte prompts with a trained language model.
+"""Continues prompts with a trained language model or a published one.
 
   python -m giantsteps.experiments.generate --workdir runs/code \\
       --prompt 'def main(' --num_tokens 96
+  python -m giantsteps.experiments.generate --model Dream-v0-Instruct-7B \\
+      --chat --prompt 'Why is the sky blue?'
 
-Restores the averaged parameters of the newest intact checkpoint. A masked
-diffusion model fills blocks of unknown bytes, several per forward pass, by the
-chosen commit rule; an autoregressive model appends one byte per pass. Prints
-each text with its forward passes and appends a line per text to
-generated.jsonl in the work folder.
+Restores the averaged parameters of the newest intact checkpoint of a work
+folder, whose tokens are bytes, or loads a folder of models/pretrained.py with
+its tokenizer.json. A masked diffusion model fills blocks of unknown tokens,
+several per forward pass, by the chosen commit rule; an autoregressive model
+appends one token per pass. Prints each text with its forward passes; in a work
+folder also appends a line per text to generated.jsonl.
 """
 
 import json
 import pathlib
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -21,13 +25,35 @@ from giantsteps.experiments.harness import cli, training
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
+from giantsteps.experiments.harness import tokens as tokens_lib
+from giantsteps.models import (
+  families,
+  pretrained,
+  safetensors_folder,
+  transformer,
+)
 from giantsteps.samplers import decoding
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir",
+  "workdir", None, "Folder of a training run of a language model."
+)
+_MODEL = flags.DEFINE_string(
+  "model",
   None,
-  "Folder of a training run of a language model.",
-  required=True,
+  "Folder of a published checkpoint: config.json, safetensors, tokenizer.json.",
+)
+flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
+_CHAT = flags.DEFINE_bool(
+  "chat", False, "With --model: prompts are turns of its chat template."
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["float32", "bfloat16", "float16"],
+  "With --model: of parameters and computing; as in the files by default.",
+)
+_MESH = flags.DEFINE_string(
+  "mesh", "", "With --model: spreads the parameters, e.g. model=8."
 )
 _PROMPT = flags.DEFINE_multi_string(
   "prompt",
@@ -35,16 +61,16 @@ _PROMPT = flags.DEFINE_multi_string(
   "Text to continue; may be repeated.",
 )
 _TOKENS = flags.DEFINE_integer(
-  "num_tokens", 64, "Bytes to write.", lower_bound=1
+  "num_tokens", 64, "Tokens to write.", lower_bound=1
 )
 _BLOCK = flags.DEFINE_integer(
-  "block_size", 32, "Masked models: bytes per block.", lower_bound=1
+  "block_size", 32, "Masked models: tokens per block.", lower_bound=1
 )
 _RULE = flags.DEFINE_enum(
   "rule",
   "threshold",
   ["threshold", "one_per_step"],
-  "Masked models: which bytes become final after a forward pass.",
+  "Masked models: which tokens become final after a forward pass.",
 )
 _THRESHOLD = flags.DEFINE_float(
   "threshold", 0.9, "Confidence that commits.", lower_bound=0.0
@@ -55,9 +81,75 @@ _TEMPERATURE = flags.DEFINE_float(
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling noise.", lower_bound=0)
 
 
+class _Source(NamedTuple):
+  """A model to decode.
+
+  Attributes:
+    model: as `decoding.generate` takes it.
+    tokens: its texts.
+    causal: predicts the next token and nothing else.
+    max_length: tokens that a text may have, None: unknown.
+    step: of the training run.
+    log: file that a line per text is added to.
+  """
+
+  model: Any
+  tokens: tokens_lib.Tokens
+  causal: bool
+  max_length: int | None
+  step: int | None = None
+  log: pathlib.Path | None = None
+
+
 def main() -> int:
   """Generates with the flags' rule."""
-  workdir = pathlib.Path(_WORKDIR.value)
+  if _MODEL.value is not None:
+    source = _published(_MODEL.value)
+  else:
+    assert _WORKDIR.value is not None  # one of them is given
+    source = _trained(_WORKDIR.value)
+  rows = [source.tokens.encode(prompt) for prompt in _PROMPT.value]
+  prompts, lengths = _pad(rows, source)
+  result = decoding.generate(
+    source.model,
+    prompts,
+    lengths,
+    num_tokens=_TOKENS.value,
+    block_size=min(_BLOCK.value, _TOKENS.value),
+    rule=_rule(source.causal),
+    mask_token=None if source.causal else source.tokens.mask,
+    temperature=_TEMPERATURE.value,
+    key=jax.random.key(_SEED.value),
+  )
+  answers, nfe = np.asarray(result.answers), np.asarray(result.nfe)
+  for prompt, answer, calls in zip(_PROMPT.value, answers, nfe, strict=True):
+    text = source.tokens.decode(answer)
+    row = {
+      "step": source.step,
+      "prompt": prompt,
+      "text": text,
+      "forwards": int(calls),
+      "tokens_per_forward": round(_TOKENS.value / int(calls), 3),
+      "exactness": result.exactness,
+    }
+    if source.log is not None:
+      with source.log.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(
+      f"--- {calls} forwards, {row['tokens_per_forward']} "
+      f"{source.tokens.unit} per forward, {result.exactness}\n{prompt}{text}"
+    )
+  return 0
+
+
+def _trained(folder: str) -> _Source:
+  """The averaged parameters of a training run."""
+  for flag in (_CHAT, _DTYPE, _MESH):
+    if flag.present:
+      raise config_lib.InputError(
+        f"--{flag.name}={flag.value}: only a --model takes it"
+      )
+  workdir = pathlib.Path(folder)
   cfg, description = training.load_workdir(workdir)
   if cfg.task in ("flow", "views"):
     raise config_lib.InputError(
@@ -65,62 +157,72 @@ def main() -> int:
       "writes tokens; use sample for flows, benchmark for views"
     )
   task = tasks_lib.build(cfg, description)
-  prompts, lengths = _prompts(cfg.data.seq_len)
+  causal = cfg.task == "autoregressive"
   state = training.restore(workdir, cfg, task, mesh_lib.make({}))
-  result = decoding.generate(
+  return _Source(
     task.apply(state.ema),
-    prompts,
-    lengths,
-    num_tokens=_TOKENS.value,
-    block_size=min(_BLOCK.value, _TOKENS.value),
-    rule=_rule(cfg.task),
-    mask_token=tasks_lib.mask_token(cfg) if cfg.task == "masked" else None,
-    temperature=_TEMPERATURE.value,
-    key=jax.random.key(_SEED.value),
+    tokens_lib.utf8(None if causal else tasks_lib.mask_token(cfg)),
+    causal,
+    cfg.data.seq_len,
+    int(state.step),
+    workdir / "generated.jsonl",
   )
-  answers, nfe = np.asarray(result.answers), np.asarray(result.nfe)
-  with (workdir / "generated.jsonl").open("a") as file:
-    for prompt, answer, calls in zip(_PROMPT.value, answers, nfe, strict=True):
-      text = bytes(answer.astype(np.uint8)).decode("utf-8", "replace")
-      row = {
-        "step": int(state.step),
-        "prompt": prompt,
-        "text": text,
-        "forwards": int(calls),
-        "tokens_per_forward": round(_TOKENS.value / int(calls), 3),
-        "exactness": result.exactness,
-      }
-      file.write(json.dumps(row) + "\n")
-      print(
-        f"--- {calls} forwards, {row['tokens_per_forward']} bytes per forward, "
-        f"{result.exactness}\n{prompt}{text}"
+
+
+def _published(folder: str) -> _Source:
+  """A checkpoint in the form of Hugging Face, with its tokenizer."""
+  directory = pathlib.Path(folder)
+  sizes = mesh_lib.parse(_MESH.value)
+  mesh = mesh_lib.make(sizes) if sizes else None
+  try:
+    raw = safetensors_folder.read_json(directory / "config.json")
+    # Before the parameters: their loading takes a while.
+    _, shape = families.read(raw)
+    tokens = tokens_lib.published(directory, shape.vocab_size, chat=_CHAT.value)
+    if not shape.causal and tokens.mask is None:
+      raise config_lib.InputError(
+        f"--model {directory}: config.json has no mask_token_id, which a "
+        "masked diffusion model decodes with"
       )
-  return 0
+    config, params = pretrained.load(directory, dtype=_DTYPE.value, mesh=mesh)
+  except (safetensors_folder.FolderError, ImportError) as error:
+    raise config_lib.InputError(f"--model: {error}") from error
+  length = raw.get("max_position_embeddings", raw.get("max_sequence_length"))
+  return _Source(
+    transformer.bind(config, params),
+    tokens,
+    config.causal,
+    length if type(length) is int else None,
+  )
 
 
-def _rule(task: str):
-  if task == "autoregressive":
+def _rule(causal: bool):
+  if causal:
     return decoding.autoregressive()
   if _RULE.value == "threshold":
     return decoding.threshold(_THRESHOLD.value)
   return decoding.top_n(_TOKENS.value)
 
 
-def _prompts(seq_len: int) -> tuple[np.ndarray, np.ndarray]:
-  """[B, P] int32, filled on the right, and [B] lengths in bytes."""
-  rows = [prompt.encode() for prompt in _PROMPT.value]
+def _pad(
+  rows: list[list[int]], source: _Source
+) -> tuple[np.ndarray, np.ndarray]:
+  """[B, P] int32, filled on the right, and [B] lengths in tokens."""
+  unit = source.tokens.unit
   lengths = np.array([len(row) for row in rows], np.int32)
   if not lengths.min():
-    raise config_lib.InputError("--prompt '': must hold at least one byte")
-  longest = int(lengths.max()) + _TOKENS.value
-  if longest > seq_len:
     raise config_lib.InputError(
-      f"--num_tokens={_TOKENS.value} after {lengths.max()} bytes of prompt are "
-      f"{longest} bytes; the model was trained on {seq_len}"
+      f"--prompt '': must hold at least one of the {unit}"
+    )
+  longest = int(lengths.max()) + _TOKENS.value
+  if source.max_length is not None and longest > source.max_length:
+    raise config_lib.InputError(
+      f"--num_tokens={_TOKENS.value} after {lengths.max()} {unit} of prompt "
+      f"are {longest} {unit}; the model was trained on {source.max_length}"
     )
   prompts = np.zeros((len(rows), lengths.max()), np.int32)
   for row, line in zip(prompts, rows, strict=True):
-    row[: len(line)] = list(line)
+    row[: len(line)] = line
   return prompts, lengths
 
 

@@ -6,6 +6,7 @@ norms, q/k/v biases, tied embeddings, stretched rotary wavelengths, shifted
 outputs) is in `Config`, as is a mixture of experts (moe.py) in place of the
 SwiGLU. The stack is one scanned block: parameters under
 "layers" have a leading axis L and compile time does not grow with depth.
+pretrained.py reads those families' published checkpoints.
 """
 
 import dataclasses
@@ -32,6 +33,8 @@ class Config:
 
   Attributes:
     vocab_size: V.
+    embedding_size: rows of the embedding and columns of the head, V or more;
+      those from V on are padding whose logits are -inf. None: V.
     width, depth: D, number of blocks L.
     num_heads, num_kv_heads: query heads, key/value heads (a divisor).
     head_dim: K, even; num_heads * head_dim need not be the width.
@@ -50,6 +53,8 @@ class Config:
     qkv_bias: biases on q, k and v (Qwen2, Dream).
     qk_norm: RMSNorm of each q and k head before the rotation (Qwen3).
     tie_embeddings: the head is the transposed embedding.
+    scale_embeddings: embeddings times sqrt(width) (LLaDA's input_emb_norm).
+    scale_logits: hidden states, and so logits, over sqrt(width).
     short_conv: taps of a depthwise convolution over the normed input of q,
       of k and of v each, causal if the model is; 0 is none.
     remat: none, dots or full (`layers.remat`).
@@ -58,6 +63,7 @@ class Config:
   """
 
   vocab_size: int = 256
+  embedding_size: int | None = None
   width: int = 256
   depth: int = 4
   num_heads: int = 4
@@ -79,6 +85,8 @@ class Config:
   qkv_bias: bool = False
   qk_norm: bool = False
   tie_embeddings: bool = False
+  scale_embeddings: bool = False
+  scale_logits: bool = False
   short_conv: int = 0
   remat: str = "none"
   dtype: str = "float32"
@@ -88,6 +96,12 @@ class Config:
     sizes = ("vocab_size", "width", "depth", "num_heads", "num_kv_heads")
     for name in (*sizes, "head_dim", "mlp_width", "rope_original_length"):
       _check(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+    _check(
+      self.embedding_size is None or self.embedding_size >= self.vocab_size,
+      "embedding_size",
+      self.embedding_size,
+      f"vocab_size={self.vocab_size} or more, or None",
+    )
     _check(
       self.num_heads % self.num_kv_heads == 0,
       "num_kv_heads",
@@ -213,8 +227,9 @@ class Transformer(nn.Module):
     wide = layers.accumulator(cfg.dtype)
     frequency = jnp.asarray(_frequencies(cfg), wide)
     angle = positions[..., None].astype(wide) * frequency[None, None]
+    num_rows = cfg.embedding_size or cfg.vocab_size
     x = nn.Embed(
-      cfg.vocab_size,
+      num_rows,
       cfg.width,
       dtype=cfg.dtype,
       param_dtype=cfg.param_dtype,
@@ -225,11 +240,13 @@ class Transformer(nn.Module):
       weight, vectors = mix
       weight = weight[..., None].astype(x.dtype)
       x = (1 - weight) * x + weight * vectors.astype(x.dtype)
+    if cfg.scale_embeddings:
+      x = _scaled(x, math.sqrt(cfg.width))
     if not cfg.tie_embeddings:
       self.param(
         "head",
         nn.initializers.normal(0.5 / math.sqrt(cfg.width)),
-        (cfg.width, cfg.vocab_size),
+        (cfg.width, num_rows),
         cfg.param_dtype,
       )
     stack = nn.scan(
@@ -244,7 +261,10 @@ class Transformer(nn.Module):
     )
     if cfg.num_experts:
       self.sow("intermediates", "load", load)
-    return _norm(cfg, "norm")(x), cache
+    x = _norm(cfg, "norm")(x)
+    if cfg.scale_logits:
+      x = _scaled(x, 1 / math.sqrt(cfg.width))
+    return x, cache
 
 
 class Block(nn.Module):
@@ -353,7 +373,7 @@ class Block(nn.Module):
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=["params"],
-  meta_fields=["module", "shift"],
+  meta_fields=["module", "shift", "vocab_size"],
 )
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -363,18 +383,19 @@ class Bound:
     params: parameters of `module`.
     module: tokens [B, T], positions -> hidden [B, T, D].
     shift: the module's output at i predicts token i+1.
+    vocab_size: V, if the head has columns beyond it; None: it has V.
   """
 
   params: dict
   module: nn.Module
   shift: bool
+  vocab_size: int | None = None
 
   @property
   def head(self) -> jax.Array:
     """[D, V] in the parameters' dtype: logits are hidden @ head."""
-    if "head" in self.params:
-      return self.params["head"]
-    return self.params["embed"]["embedding"].T
+    head = _head(self.params)
+    return head if self.vocab_size is None else head[:, : self.vocab_size]
 
   @property
   def ragged(self) -> bool:
@@ -401,7 +422,7 @@ class Bound:
   @property
   def embedding(self) -> jax.Array:
     """[V, D] in the parameters' dtype."""
-    return self.params["embed"]["embedding"]
+    return self.params["embed"]["embedding"][: self.vocab_size]
 
   def extend(
     self,
@@ -456,14 +477,20 @@ class Bound:
 
 def bind(config: Config, params: dict) -> Bound:
   """Joins parameters to their model; see `Bound`."""
-  return Bound(params, Transformer(config), config.causal or config.shifted)
+  shift = config.causal or config.shifted
+  padded = config.embedding_size is not None
+  vocab_size = config.vocab_size if padded else None
+  return Bound(params, Transformer(config), shift, vocab_size)
 
 
 def logits(config: Config, params: dict, tokens: jax.Array) -> jax.Array:
-  """The plain head, never shifted: tokens [B, T] int32 -> [B, T, V] float32."""
+  """The plain head, never shifted: tokens [B, T] int32 -> [B, T, V] float32.
+
+  With an embedding_size the last axis has that size, -inf from V on.
+  """
   hidden = Transformer(config).apply({"params": params}, tokens)
   assert isinstance(hidden, jax.Array)
-  return project(hidden, bind(config, params).head)
+  return _plain_logits(config, params, hidden)
 
 
 def logits_and_load(
@@ -482,7 +509,7 @@ def logits_and_load(
       all count.
 
   Returns:
-    [B, T, V] float32, and a load with leaves [L, B, E].
+    [B, T, V] float32 as `logits`, and a load with leaves [L, B, E].
 
   Raises:
     ValueError: if the config has no experts.
@@ -494,7 +521,7 @@ def logits_and_load(
   )
   assert isinstance(hidden, jax.Array)
   (load,) = typing.cast(dict, sown)["intermediates"]["load"]
-  return project(hidden, bind(config, params).head), load
+  return _plain_logits(config, params, hidden), load
 
 
 def project(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -510,6 +537,26 @@ def ragged(config: Config) -> bool:
   """Whether the model takes limits and a cache: nothing in it looks a fixed
   distance back."""
   return config.window is None and not config.short_conv
+
+
+def _plain_logits(config: Config, params: dict, hidden: jax.Array) -> jax.Array:
+  out = project(hidden, _head(params))
+  if config.embedding_size is None:
+    return out
+  token = jax.lax.broadcasted_iota(jnp.int32, out.shape, out.ndim - 1)
+  return jnp.where(token < config.vocab_size, out, -jnp.inf)
+
+
+def _head(params: dict) -> jax.Array:
+  """[D, V or embedding_size]."""
+  if "head" in params:
+    return params["head"]
+  return params["embed"]["embedding"].T
+
+
+def _scaled(x: jax.Array, factor: float) -> jax.Array:
+  """x * factor, rounded once: the factor itself is not cast to x.dtype."""
+  return (x.astype(layers.accumulator(x.dtype)) * factor).astype(x.dtype)
 
 
 def _check(ok: bool, name: str, value: object, wanted: str) -> None:

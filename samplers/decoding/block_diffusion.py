@@ -433,12 +433,11 @@ def _plan(
         f"temperature={temperature}, confidence={rule.confidence!r}: give a key"
       )
     keys = _row_keys(key, streams)
-  size = getattr(model, "vocab_size", None) or model.head.shape[1]
+  size = model.head.shape[1]
   for name, ids in (("forbidden", banned), ("late", late), ("eos_token", eos)):
     for x in ids or ():
-      if not 0 <= x < model.head.shape[1]:
+      if not 0 <= x < size:
         raise ValueError(f"{name}={x}: the vocabulary has {size} tokens")
-  unused = range(size, model.head.shape[1])  # rows of padding in the head
   ids = lambda x: jnp.asarray(tuple(x), jnp.int32) if x else None
   return state.Plan(
     rule=rule,
@@ -446,7 +445,7 @@ def _plan(
     given=np.asarray(places[1], np.int32),
     ends=np.asarray(places[2], np.int32),
     mask_token=jnp.int32(mask_token or 0),
-    banned=ids((*banned, *unused)),
+    banned=ids(banned),
     late=ids(late),
     eos=ids(eos),
     temperature=np.broadcast_to(temperature, (batch,)) if sampled else None,

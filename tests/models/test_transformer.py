@@ -1,4 +1,5 @@
-"""The transformer against published models and its own invariants."""
+"""The transformer against its own invariants; published models are in
+test_pretrained.py."""
 
 # NumPy arrays stand for jax.Array; pytrees have no static type
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false
@@ -6,9 +7,6 @@
 
 import dataclasses
 import functools
-import json
-import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +15,6 @@ from absl.testing import absltest, parameterized
 
 from giantsteps.models import transformer
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden/parallel_decoding"
 SMALL = transformer.Config(
   vocab_size=11,
   width=16,
@@ -27,102 +24,6 @@ SMALL = transformer.Config(
   head_dim=6,
   mlp_width=24,
 )
-# Our name of a block's tensor by the checkpoint's; norms in both dialects.
-BLOCK = {
-  "self_attn.q_proj": "q",
-  "self_attn.k_proj": "k",
-  "self_attn.v_proj": "v",
-  "self_attn.o_proj": "o",
-  "self_attn.q_norm": "q_norm",
-  "self_attn.k_norm": "k_norm",
-  "mlp.gate_proj": "gate",
-  "mlp.up_proj": "up",
-  "mlp.down_proj": "down",
-  "input_layernorm": "attention_norm",
-  "post_attention_layernorm": "mlp_norm",
-  "q_proj": "q",
-  "k_proj": "k",
-  "v_proj": "v",
-  "attn_out": "o",
-  "ff_proj": "gate",
-  "up_proj": "up",
-  "ff_out": "down",
-  "attn_norm": "attention_norm",
-  "ff_norm": "mlp_norm",
-}
-
-
-def read_safetensors(path):
-  data = path.read_bytes()
-  size = int.from_bytes(data[:8], "little")
-  header = json.loads(data[8 : 8 + size])
-  header.pop("__metadata__", None)
-  body = data[8 + size :]
-  return {
-    name: np.frombuffer(body[slice(*entry["data_offsets"])], "<f4").reshape(
-      entry["shape"]
-    )
-    for name, entry in header.items()
-  }
-
-
-def read_params(path):
-  """Published tensors as our tree: matrices transposed, layers stacked."""
-  block, params = {}, {}
-  for name, value in read_safetensors(path).items():
-    match = re.fullmatch(r".*\.(?:layers|blocks)\.(\d+)\.(.*)\.(\w+)", name)
-    value = value.T if "wte" not in name and "embed" not in name else value
-    if match:
-      layer, module, leaf = match.groups()
-      ours = BLOCK[module]
-      leaf = "bias" if leaf == "bias" else "kernel"
-      leaf = "scale" if ours.endswith("norm") else leaf
-      block.setdefault(ours, {}).setdefault(leaf, {})[int(layer)] = value
-    elif "wte" in name or "embed_tokens" in name:
-      params["embed"] = {"embedding": value}
-    elif "ln_f" in name or name == "model.norm.weight":
-      params["norm"] = {"scale": value}
-    else:
-      params["head"] = value
-  params["layers"] = {
-    module: {
-      leaf: np.stack([values[i] for i in range(len(values))])
-      for leaf, values in leaves.items()
-    }
-    for module, leaves in block.items()
-  }
-  return params
-
-
-def read_config(path):
-  """Both dialects of config.json, for the five families."""
-  raw = json.loads(path.read_text())
-  family = raw["model_type"]
-  llada = family == "llada"
-  rope = raw.get("rope_parameters", raw)
-  heads = raw["n_heads" if llada else "num_attention_heads"]
-  width = raw["d_model" if llada else "hidden_size"]
-  return transformer.Config(
-    vocab_size=raw["vocab_size"],
-    width=width,
-    depth=raw["n_layers" if llada else "num_hidden_layers"],
-    num_heads=heads,
-    num_kv_heads=raw["n_kv_heads" if llada else "num_key_value_heads"],
-    head_dim=raw.get("head_dim", width // heads),
-    mlp_width=raw["mlp_hidden_size" if llada else "intermediate_size"],
-    causal=not (llada or family == "Dream"),
-    shifted=family == "Dream",
-    rope_theta=rope["rope_theta"],
-    rope_type=rope.get("rope_type", "default"),
-    rope_factor=rope.get("factor", 1.0),
-    rope_low=rope.get("low_freq_factor", 1.0),
-    rope_high=rope.get("high_freq_factor", 4.0),
-    rope_original_length=rope.get("original_max_position_embeddings", 8192),
-    eps=raw["rms_norm_eps"],
-    qkv_bias=family in ("qwen2", "Dream"),
-    qk_norm=family == "qwen3",
-    tie_embeddings=raw.get("tie_word_embeddings", False),
-  )
 
 
 @functools.cache
@@ -140,38 +41,6 @@ def params_of(config):
 
 logits = jax.jit(transformer.logits, static_argnums=0)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 12)).astype(np.int32)
-
-
-class PublishedModelsTest(parameterized.TestCase):
-  @parameterized.parameters(
-    "tiny_llama",
-    "tiny_llama3rope",
-    "tiny_qwen2",
-    "tiny_qwen3",
-    "tiny_llada_gqa",
-    "tiny_dream",
-  )
-  def test_logits(self, name):
-    config = read_config(GOLDEN / f"{name}.config.json")
-    params = read_params(GOLDEN / f"{name}.safetensors")
-    suffix = "decode" if name == "tiny_dream" else "logits"
-    golden = np.load(GOLDEN / f"{name}_{suffix}.npz", allow_pickle=False)
-    shapes = jax.eval_shape(
-      transformer.Transformer(config).init, jax.random.key(0), golden["tokens"]
-    )["params"]
-    self.assertEqual(
-      jax.tree.map(lambda a: a.shape, params),
-      jax.tree.map(lambda a: a.shape, shapes),
-    )
-    with jax.default_matmul_precision("highest"):
-      out = logits(config, params, golden["tokens"])
-    self.assertEqual(out.dtype, jnp.float32)
-    expected = golden["logits"]
-    # Two float32 implementations of the same sums; the suggested tolerance
-    # of the source is ten times wider.
-    np.testing.assert_allclose(
-      out[:, -expected.shape[1] :], expected, atol=2e-5, rtol=1e-4
-    )
 
 
 class VisibilityTest(parameterized.TestCase):
@@ -310,6 +179,22 @@ class InitialisationTest(absltest.TestCase):
     self.assertAlmostEqual(-log_p.mean(), np.log(256), delta=0.3)
 
 
+class ScaleTest(absltest.TestCase):
+  def test_padded_vocabulary_and_scales(self):
+    # width 16: both scales are powers of two and change no rounding
+    params = params_of(dataclasses.replace(SMALL, vocab_size=13))
+    config = dataclasses.replace(
+      SMALL, embedding_size=13, scale_embeddings=True, scale_logits=True
+    )
+    out = logits(config, params, TOKENS)
+    louder = params | {"embed": {"embedding": 4 * params["embed"]["embedding"]}}
+    plain = logits(dataclasses.replace(SMALL, vocab_size=13), louder, TOKENS)
+    np.testing.assert_array_equal(out[..., :11], plain[..., :11] / 4)
+    self.assertTrue(np.all(np.asarray(out[..., 11:]) == -np.inf))
+    head = transformer.bind(config, params).head
+    np.testing.assert_array_equal(head, params["head"][:, :11])
+
+
 class BoundTest(parameterized.TestCase):
   @parameterized.parameters((True, False), (False, True), (False, False))
   def test_output_predicts_its_own_position(self, causal, shifted):
@@ -357,6 +242,7 @@ class ErrorTest(parameterized.TestCase):
     dict(num_kv_heads=3),
     dict(head_dim=7),
     dict(width=0),
+    dict(embedding_size=10),
     dict(depth=-1),
     dict(window=0),
     dict(short_conv=-1),
