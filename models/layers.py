@@ -5,6 +5,7 @@ Every function works in the dtype of its input except where a comment says
 float32: norms, rotations and softmax are always accumulated there.
 """
 
+import functools
 import math
 
 import flax.linen as nn
@@ -13,6 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from giantsteps.kernels_pallas.precision import accumulator
+from giantsteps.kernels_pallas.window_attention import (
+  streams,
+  window_attention,
+)
+from giantsteps.models import partitioning
 
 REMAT_POLICIES = ("none", "dots", "full")
 
@@ -125,75 +131,28 @@ def attention(
     window: query i sees keys |i - j| < window; None is unlimited.
 
   Returns:
-    [B, T, H, K] in q.dtype. Forms scores [B, H, T, S] in 4 B T S H K FLOPs;
-    with a window below T / 3 only those within reach, S = 2 or 3 windows.
+    [B, T, H, K] in q.dtype, in 4 B T S H K FLOPs; with a window below T / 3
+    only the keys within reach count, S = 2 or 3 windows. Scores [B, H, T, S]
+    are formed whole up to 256 MB; with a window more of them are streamed.
+    Long bfloat16 rows take a kernel in programs for TPUs, which has no forward
+    mode (`window_attention.has_kernel`).
   """
-  length, num_keys = q.shape[1], k.shape[1]
-  if window is not None and length == num_keys and length > 3 * window:
-    return _windowed(q, k, v, causal, window)
-  query, key = jnp.arange(length), jnp.arange(num_keys)
-  return _attend(q, k, v, _visible(query, key, causal, window)[None])
+  attend = functools.partial(window_attention, causal=causal, window=window)
+  if not streams(q, k, causal=causal, window=window):
+    return attend(q, k, v)
 
+  def own(tree):
+    mesh = partitioning.automatic_mesh()
+    # rows that the mesh does not divide: the partitioner knows no kernels
+    whole = mesh is not None and mesh.size > 1
+    k, v, q = (jnp.moveaxis(x, 1, 2) for x in tree)
+    out = attend(q, k, v, implementation="xla" if whole else None)
+    return jnp.moveaxis(out, 1, 2)
 
-def _attend(
-  q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array
-) -> jax.Array:
-  """`attention` under a mask [B or 1, T, S], True where a key is seen."""
-  _, length, heads, _ = q.shape
-  groups = k.shape[2]
-  # Queries of a group are rows of one matrix and every product has exactly
-  # two leading batch axes: with more of them XLA's CPU code is 3 times slower.
-  q = jnp.moveaxis(q, 1, 2).reshape(q.shape[0], groups, -1, q.shape[3])
-  k, v = jnp.moveaxis(k, 1, 2), jnp.moveaxis(v, 1, 2)
-  wide = accumulator(q.dtype)
-  scores = jnp.einsum("bgtk,bgsk->bgts", q, k, preferred_element_type=wide)
-  scores = scores * (q.shape[-1] ** -0.5)
-  visible = jnp.tile(visible, (1, heads // groups, 1))[:, None]
-  scores = jnp.where(visible, scores, jnp.finfo(wide).min)
-  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-  out = jnp.einsum("bgts,bgsk->bgtk", weights, v)
-  out = out.reshape(out.shape[0], heads, length, -1)
-  return jnp.moveaxis(out, 2, 1)
-
-
-def _windowed(
-  q: jax.Array, k: jax.Array, v: jax.Array, causal: bool, window: int
-) -> jax.Array:
-  """`attention` where each block of `window` queries meets its neighbours."""
-  rows, length = q.shape[:2]
-  count = -(-length // window)
-
-  def blocks(x):  # [B, T, ...] -> [B, count, window, ...]
-    pad = ((0, 0), (0, count * window - length), (0, 0), (0, 0))
-    return jnp.pad(x, pad).reshape(rows, count, window, *x.shape[2:])
-
-  def reach(x):  # the block before, itself and, unless causal, the one after
-    x = blocks(x)
-    around = jnp.pad(x, ((0, 0), (1, 1), (0, 0), (0, 0), (0, 0)))
-    near = [around[:, i : i + count] for i in range(2 if causal else 3)]
-    return jnp.concatenate(near, 2).reshape(rows * count, -1, *x.shape[3:])
-
-  start = window * jnp.arange(count)[:, None]
-  query = start + jnp.arange(window)[None]
-  key = start + jnp.arange(-window, window if causal else 2 * window)[None]
-  visible = jax.vmap(lambda i, j: _visible(i, j, causal, window))(query, key)
-  visible &= ((key >= 0) & (key < length))[:, None]
-  merged = blocks(q).reshape(rows * count, window, *q.shape[2:])
-  out = _attend(merged, reach(k), reach(v), jnp.tile(visible, (rows, 1, 1)))
-  return out.reshape(rows, count * window, *out.shape[2:])[:, :length]
-
-
-def _visible(
-  query: jax.Array, key: jax.Array, causal: bool, window: int | None
-) -> jax.Array:
-  """Positions [T] of queries and [S] of keys -> bool [T, S]."""
-  distance = query[:, None] - key[None]
-  visible = jnp.ones(distance.shape, bool)
-  if causal:
-    visible &= distance >= 0
-  if window is not None:
-    visible &= jnp.abs(distance) < window
-  return visible
+  # k is first: the heads of a group are not to be parted
+  tree = [jnp.moveaxis(x, 1, 2) for x in (k, v, q)]
+  out = partitioning.by_rows_and_heads(own, check_vma=False)(tree)
+  return jnp.moveaxis(out, 1, 2)
 
 
 class ShortConv(nn.Module):

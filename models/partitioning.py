@@ -115,13 +115,18 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, rows)
 
 
-def by_rows_and_heads(function: Callable) -> Callable:
+def by_rows_and_heads(function: Callable, check_vma: bool = True) -> Callable:
   """function(tree) -> tree, leaves [B, H, ...]: every device runs its own.
 
   Rows lie over the batch axes, heads over `model`, where they divide them;
   otherwise every device of the axis runs the same. The function must treat
   each row and head alone. Without a mesh, and inside `shard_map`, it is called
   as it is.
+
+  Args:
+    function: of the tree that one device holds.
+    check_vma: of `jax.shard_map`; False for kernels that do not say along
+      which axes their results differ.
   """
 
   def call(tree):
@@ -131,7 +136,9 @@ def by_rows_and_heads(function: Callable) -> Callable:
     rows, heads = jax.tree.leaves(tree)[0].shape[:2]
     split = mesh.shape.get("model", 1) > 1 and heads % mesh.shape["model"] == 0
     place = P(row_axes(mesh, rows), "model" if split else None)
-    return jax.shard_map(function, in_specs=(place,), out_specs=place)(tree)
+    return jax.shard_map(
+      function, in_specs=(place,), out_specs=place, check_vma=check_vma
+    )(tree)
 
   return call
 

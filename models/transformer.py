@@ -514,6 +514,17 @@ def logits_and_load(
   Raises:
     ValueError: if the config has no experts.
   """
+  hidden, load = hidden_and_load(config, params, tokens, valid)
+  return project(hidden, bind(config, params).head), load
+
+
+def hidden_and_load(
+  config: Config,
+  params: dict,
+  tokens: jax.Array,
+  valid: jax.Array | None = None,
+) -> tuple[jax.Array, moe.Load]:
+  """As `logits_and_load`, before the head: hidden [B, T, D] and the load."""
   if not config.num_experts:
     raise ValueError("num_experts=0: a dense block has no load, use logits")
   hidden, sown = Transformer(config).apply(
@@ -521,7 +532,7 @@ def logits_and_load(
   )
   assert isinstance(hidden, jax.Array)
   (load,) = typing.cast(dict, sown)["intermediates"]["load"]
-  return _plain_logits(config, params, hidden), load
+  return hidden, load
 
 
 def project(hidden: jax.Array, head: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ from giantsteps.models import (
   lact_views,
   mlp,
   partitioning,
+  token_loss,
   transformer,
 )
 from giantsteps.research import flow_maps, large_batch
@@ -253,9 +254,10 @@ def masked(cfg: config_lib.Config) -> Task:
     return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
 
   def loss(params, arrays):
-    logits, balance = _forward(cfg, module, params, arrays["noisy"])
-    return balance + masked_diffusion.pretrain_loss(
-      logits, arrays["tokens"], arrays["masked"], arrays["p"]
+    hidden, head, balance = _forward(cfg, module, params, arrays["noisy"])
+    losses = token_loss.cross_entropy(hidden, head, arrays["tokens"])
+    return balance + masked_diffusion.pretrain_mean(
+      losses, arrays["masked"], arrays["p"]
     )
 
   def evaluate(params, batch, key):
@@ -272,23 +274,22 @@ def autoregressive(cfg: config_lib.Config) -> Task:
   """Next-token prediction; the first token of a row is given."""
   init, module = _language_model(cfg, causal=True)
 
-  def cross_entropy(logits, arrays):
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits[:, :-1], arrays["tokens"][:, 1:]
-    )
+  def cross_entropy(hidden, head, arrays):
+    # the last position predicts nothing; without it chunks would be ragged
+    following = jnp.roll(arrays["tokens"], -1, axis=1)
+    losses = token_loss.cross_entropy(hidden, head, following)[:, :-1]
     weights = arrays.get("weights")
     weights = jnp.ones_like(losses) if weights is None else weights[:, 1:]
     return jnp.sum(losses * weights) / jnp.sum(weights)
 
   def loss(params, arrays):
-    logits, balance = _forward(cfg, module, params, arrays["tokens"])
-    return balance + cross_entropy(logits, arrays)
+    hidden, head, balance = _forward(cfg, module, params, arrays["tokens"])
+    return balance + cross_entropy(hidden, head, arrays)
 
   def evaluate(params, batch, key):
     del key  # nothing is random
-    nats = cross_entropy(
-      module.logits(cfg.model, params, batch["tokens"]), batch
-    )
+    hidden, head = _hidden(cfg, module, params, batch["tokens"])
+    nats = cross_entropy(hidden, head, batch)
     return {"held_out_bits_per_byte": nats / jnp.log(2.0)}
 
   corrupt = lambda batch, key: batch
@@ -367,14 +368,22 @@ def _language_model(cfg: config_lib.Config, causal: bool):
 
 
 def _forward(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
-  """Logits, and the weighted load-balancing loss summed over the layers."""
+  """Hidden states, the head, and the weighted load-balancing loss summed over
+  the layers."""
   if not (getattr(cfg.model, "num_experts", 0) and cfg.balance_weight):
-    return module.logits(cfg.model, params, tokens), 0.0
-  logits, load = module.logits_and_load(cfg.model, params, tokens)
+    return *_hidden(cfg, module, params, tokens), 0.0
+  hidden, load = module.hidden_and_load(cfg.model, params, tokens)
   losses, _ = large_batch.global_batch_loss(
     load, cfg.model.experts_per_token, partitioning.mapped_axes()
   )
-  return logits, cfg.balance_weight * jnp.sum(losses)
+  head = module.bind(cfg.model, params).head
+  return hidden, head, cfg.balance_weight * jnp.sum(losses)
+
+
+def _hidden(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
+  """What the model says before its head, [B, T, D], and the head [D, V]."""
+  bound = module.bind(cfg.model, params)
+  return bound.module.apply({"params": params}, tokens), bound.head
 
 
 def _bind(cfg: config_lib.Config, module: Any) -> Callable:

@@ -80,8 +80,14 @@ def pretrain_loss(
   Returns:
     [] float32.
   """
-  loss = jnp.where(masked, cross_entropy(logits, tokens) / probability, 0)
-  return jnp.mean(loss)
+  return pretrain_mean(cross_entropy(logits, tokens), masked, probability)
+
+
+def pretrain_mean(
+  losses: jax.Array, masked: jax.Array, probability: jax.Array
+) -> jax.Array:
+  """`pretrain_loss` of the cross entropies [B, L] of the clean tokens."""
+  return jnp.mean(jnp.where(masked, losses / probability, 0))
 
 
 def sft_loss(
