@@ -28,9 +28,10 @@ class Result:
 
   Attributes:
     tokens: [B, L] int32.
-    nfe: [B] int32, model calls until the row was finished. The pass that
-      fills a cache at the entry of a block and the call that follows it are
-      one, as published; reading a final block once more (cache "block") is one.
+    nfe: [B] int32, model calls until the row was finished, of whatever width:
+      the pass that fills a cache is one, and reading a final block once more
+      (cache "block"). Cache prefix and dual count two for a block that its
+      first pass has finished, as published, though the second is not made.
     committed_at: [B, L] int32, the call (from 0) that committed a position;
       -1 where it was given.
     answers: [B, num_tokens] int32, the new tokens of `generate`; [B, 0] of

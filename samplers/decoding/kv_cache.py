@@ -76,6 +76,7 @@ def look(
   rows: Rows,
   cache: Any,
   due: jax.Array | None,
+  active: jax.Array,
   policy: Policy,
   mask_token: jax.Array,
   guidance: jax.Array | None,
@@ -86,7 +87,8 @@ def look(
     model: see `state.Model`.
     rows: all rows.
     cache: of the model; None for "none".
-    due: [B] bool, rows whose whole cache is computed first.
+    due: [B] bool, rows whose whole cache is computed anew.
+    active: [B] bool, rows that are not finished.
     policy: the cache.
     mask_token: stands for the prompt where `guidance` looks away from it.
     guidance: [] or None, see `state.Plan`.
@@ -106,7 +108,8 @@ def look(
     index = jnp.maximum(index, 0)  # nothing has predicted position 0
     return hidden.at[row, index].get(mode="fill", fill_value=0), None
   assert due is not None
-  cache = _refresh(model, call, rows, cache, due, guidance is not None)
+  guided = guidance is not None
+  hidden, cache = _refresh(model, call, rows, cache, due, policy, guided)
   before, after = policy.shift, 0
   if policy.name == "prefix":
     after = max(policy.longest - size, 0)
@@ -115,34 +118,53 @@ def look(
   elif policy.causal:
     after = -policy.shift  # the last output scores what is not asked
   place = jnp.arange(-before, size + after)
-  hidden, cache = call(rows, rows.start[:, None] + place[None], cache)
-  return hidden[:, before - policy.shift :][:, :size], cache
+
+  def window(cache):
+    out, cache = call(rows, rows.start[:, None] + place[None], cache)
+    return out[:, before - policy.shift :][:, :size].astype(hidden.dtype), cache
+
+  skip = lambda cache: (hidden, cache)
+  seen, cache = jax.lax.cond(jnp.any(active & ~due), window, skip, cache)
+  return jnp.where(due[:, None, None], hidden, seen), cache
 
 
-def _refresh(model, call, rows, cache, due, guided):
-  """The cache with rows `due` [B] recomputed, a few at a time.
+def _refresh(model, call, rows, cache, due, policy, guided):
+  """hidden [B, W, D] and the cache of rows `due` [B], a few rows at a time.
 
   Rows that enter a block at different times cost no more than those that do it
   together, and no row's numbers depend on its neighbours.
   """
   batch, slots = rows.tokens.shape
   group = max(1, min(batch, _TOKENS // slots))
+  pick = jnp.arange(policy.block_size)[None] - policy.shift
 
-  def body(carry):
-    due, cache = carry
+  def some(due):
     chosen = jnp.argsort(~due, stable=True)[:group]
     part = jax.tree.map(lambda x: x[chosen], rows)
     empty = model.init_cache(2 * group if guided else group, slots)
-    _, new = call(part, jnp.arange(slots)[None], empty)
+    hidden, new = call(part, jnp.arange(slots)[None], empty)
+    index = part.start[:, None] + pick
+    hidden = hidden.at[jnp.arange(group)[:, None], index].get(
+      mode="fill", fill_value=0
+    )
+    return chosen, hidden, new
+
+  def body(carry):
+    due, found, cache = carry
+    chosen, hidden, new = some(due)
     total = jax.tree.leaves(cache)[0].shape[1]
     place = jnp.where(due[chosen], chosen, total)
+    found = found.at[place].set(hidden, mode="drop")
     if guided:
       place = jnp.concatenate([place, place + batch])
     write = lambda old, x: old.at[:, place].set(x, mode="drop")
-    return due.at[chosen].set(False), jax.tree.map(write, cache, new)
+    cache = jax.tree.map(write, cache, new)
+    return due.at[chosen].set(False), found, cache
 
+  shape = jax.eval_shape(some, due)[1]
+  found = jnp.zeros((batch, *shape.shape[1:]), shape.dtype)
   more = lambda carry: jnp.any(carry[0])
-  return jax.lax.while_loop(more, body, (due, cache))[1]
+  return jax.lax.while_loop(more, body, (due, found, cache))[1:]
 
 
 def _call(model, rows, positions, cache, policy, mask_token, guidance):

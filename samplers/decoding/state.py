@@ -135,6 +135,7 @@ def step(model: Model, state: State, plan: Plan, static: Static) -> State:
     kv_cache.Rows(state.tokens, start, plan.given, plan.ends, weight, vectors),
     state.cache,
     _due(state, done, static.cache),
+    ~done,
     static.cache,
     plan.mask_token,
     plan.guidance,
@@ -253,6 +254,10 @@ def _leave(model, state, may, before, plan, static):
       masked=state.masked & ~over,
     )
   last = ended | ~jnp.any(state.masked, -1)
+  again = jnp.zeros_like(leave)
+  if static.cache.name in ("prefix", "dual"):
+    # As Fast-dLLM counts: its loop looks at every block after the entry, too.
+    again = leave & (state.step == 1)
   if static.cache.must_reread:
     leave &= last | ~jnp.any(before, -1)
   following = _leftmost_block(state, plan, size)
@@ -266,6 +271,7 @@ def _leave(model, state, may, before, plan, static):
   return state._replace(
     block=jnp.where(leave, following, state.block),
     step=jnp.where(leave, 0, state.step),
+    nfe=state.nfe + again,
     memory=jax.tree.map(reset, state.memory, fresh),
   )
 
