@@ -81,6 +81,7 @@ def fill(
   forbidden: Sequence[int] = (),
   late: Sequence[int] = (),
   transform: Callable[[jax.Array], jax.Array] | None = None,
+  schedule: Callable[[jax.Array], jax.Array] | None = None,
   guidance: float | None = None,
   callback: Callable[[Partial], Any] | None = None,
   every: int = 1,
@@ -116,6 +117,9 @@ def fill(
       token is drawn: functions of `decoding.logits`. A module-level function,
       or partial of one: each new one compiles anew. Forms the logits of the
       active blocks [B W, V].
+    schedule: of the temperature, a factor for each position of the answer
+      [B, W] int32 from 0, such as `logits.annealed`; as `transform`, a function
+      that lives on.
     guidance: s of classifier-free guidance (1 + s) l - s u, u the logits
       without the prompt (LLaDA); two rows per request. Of `generate` only.
     callback: called with a `Partial` every `every` steps and at the end.
@@ -144,6 +148,7 @@ def fill(
     refresh_every,
     block_causal,
     transform,
+    schedule,
   )
   zero, ends = np.zeros(batch, np.int32), np.full(batch, length, np.int32)
   plan = _plan(
@@ -193,6 +198,7 @@ def generate(
   forbidden: Sequence[int] = (),
   late: Sequence[int] = (),
   transform: Callable[[jax.Array], jax.Array] | None = None,
+  schedule: Callable[[jax.Array], jax.Array] | None = None,
   guidance: float | None = None,
   callback: Callable[[Partial], Any] | None = None,
   every: int = 1,
@@ -207,8 +213,8 @@ def generate(
 
   Args:
     model, rule, mask_token, temperature, key, seeds, cache, refresh_every,
-      block_causal, forbid_mask, forbidden, late, transform, callback, every:
-      as in `fill`. With block_causal a block that begins in the prompt belongs
+      block_causal, forbid_mask, forbidden, late, transform, schedule, callback,
+      every: as in `fill`. With block_causal a block that begins in the prompt belongs
       to the answer's first one.
     prompts: [B, P] int, filled on the right; row i is
       prompts[i, :prompt_lengths[i]].
@@ -243,6 +249,7 @@ def generate(
     refresh_every,
     block_causal,
     transform,
+    schedule,
   )
   if static.cache.shift and batch and not lengths.min():
     raise ValueError("prompt_lengths has 0: this model needs a first token")
@@ -361,7 +368,15 @@ def _finished(now, plan, static):
 
 
 def _static(
-  model, rule, block_size, length, cache, refresh_every, block_causal, transform
+  model,
+  rule,
+  block_size,
+  length,
+  cache,
+  refresh_every,
+  block_causal,
+  transform,
+  schedule,
 ) -> state.Static:
   """Checks what decides about the program."""
   if block_size is not None and block_size < 1:
@@ -397,7 +412,7 @@ def _static(
     causal=causal,
     ragged=ragged,
   )
-  return state.Static(size, policy, transform)
+  return state.Static(size, policy, transform, schedule)
 
 
 def _plan(

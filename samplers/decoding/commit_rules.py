@@ -266,8 +266,9 @@ def decide(rule: Rule, view: View) -> Change:
     case Editing():
       better = view.probability > _column(rule.edit)
       edit = view.decided & (view.token != view.current) & better
-      limit = view.progress.total + rule.post
-      again = jnp.any(edit, -1) & (view.progress.step + 1 < limit)
+      left = view.progress.total + rule.post - view.progress.step
+      edit &= (left > 0)[:, None]
+      again = jnp.any(edit | change.commit, -1) & (left > 1)
       return Change(change.commit | edit, none, again)
     case _:
       return change
@@ -517,8 +518,8 @@ def editing(
 ) -> Editing:
   """`threshold`, and committed tokens of the block are replaced where the model
   now prefers another one with a probability above `edit` (LLaDA2.1's joint
-  threshold). The block goes on while something is replaced, for at most `post`
-  steps after the number of its masks.
+  threshold). The block goes on until a step changes nothing, for at most `post`
+  steps more than it has masks.
 
   Args:
     value, edit: scalar or [B]; post: scalar. Traced.

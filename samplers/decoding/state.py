@@ -72,6 +72,7 @@ class Static(NamedTuple):
   block_size: int
   cache: kv_cache.Policy
   transform: Callable | None = None  # of logits, when tokens are drawn
+  schedule: Callable | None = None  # position in the answer -> temperature
 
 
 def init(
@@ -150,7 +151,7 @@ def step(model: Model, state: State, plan: Plan, static: Static) -> State:
   probability = jnp.exp(stats.logit - stats.logsumexp)
   order = None
   if plan.rule.confidence == "random":
-    order = _draw(jax.random.uniform, plan.keys, 2 * state.nfe + 1, index)
+    order = _draw(jax.random.uniform, plan.keys, 2 * state.step + 1, index)
   sure = commit_rules.confidence_of(plan.rule.confidence, stats, order)
   if plan.late is not None:
     late = jnp.any(stats.token[..., None] == plan.late[None, None], -1)
@@ -193,7 +194,7 @@ def step(model: Model, state: State, plan: Plan, static: Static) -> State:
     memory=memory,
     cache=cache,
   )
-  return _leave(model, tried, ~change.hold & ~done, eligible, plan, static)
+  return _leave(model, tried, ~change.hold & ~done, touched, plan, static)
 
 
 def run(
@@ -226,14 +227,14 @@ def _due(state, done, policy):
   return due & ~done
 
 
-def _leave(model, state, may, before, plan, static):
+def _leave(model, state, may, touched, plan, static):
   """Rows that have finished their block enter the next, or end with an EOS.
 
   Args:
     model: see `Model`.
     state: after the commits of a step.
     may: [B] bool, rows that may leave.
-    before: [B, W] bool, what of the block was masked before the step.
+    touched: [B, W] bool, what the step has changed.
     plan, static: as ever.
   """
   size = static.block_size
@@ -259,7 +260,7 @@ def _leave(model, state, may, before, plan, static):
     # As Fast-dLLM counts: its loop looks at every block after the entry, too.
     again = leave & (state.step == 1)
   if static.cache.must_reread:
-    leave &= last | ~jnp.any(before, -1)
+    leave &= last | ~jnp.any(touched, -1)  # keys of what stands there
   following = _leftmost_block(state, plan, size)
   if static.cache.name == "block":  # blocks in between are read all the same
     following = jnp.minimum(following, state.block + 1)
@@ -305,8 +306,11 @@ def _stats(model, hidden, index, eligible, state, plan, static):
   seeds = temperature = None
   if plan.temperature is not None:
     bits = functools.partial(jax.random.bits, shape=(2,), dtype=jnp.uint32)
-    seeds = _draw(bits, plan.keys, 2 * state.nfe, index)
-    temperature = jnp.repeat(plan.temperature, size)
+    seeds = _draw(bits, plan.keys, 2 * state.step, index)
+    temperature = jnp.broadcast_to(plan.temperature[:, None], index.shape)
+    if static.schedule is not None:
+      temperature *= static.schedule(index - plan.given[:, None])
+    temperature = temperature.reshape(-1)
     seeds = seeds.reshape(-1, 2)
   flat = hidden.reshape(-1, width)
   memory = state.memory
@@ -326,7 +330,7 @@ def _stats(model, hidden, index, eligible, state, plan, static):
       logits = apart.reshape(logits.shape)
     noised = logits
     if temperature is not None:
-      noised = logits / temperature[:, None]
+      noised = logits / jnp.maximum(temperature, 1e-6)[:, None]
       if static.transform is not None:
         noised = static.transform(noised)
       noised += reference.gumbel(seeds, logits.shape[1]).astype(logits.dtype)
@@ -343,7 +347,7 @@ def _draw(
   count: jax.Array,
   index: jax.Array,
 ) -> jax.Array:
-  """One sample per (row, count, position), so that padding shifts none.
+  """One sample per (row, count, position): padding and caches shift none.
 
   keys [B], count [B], index [B, W] -> [B, W, ...].
   """
