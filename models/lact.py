@@ -73,7 +73,8 @@ class Config:
     newton_schulz, newton_schulz_steps, ns_dtype: likewise.
     remat_chunks: likewise, `remat`: a bool, none, chunk, two_level or the
       number of chunks between kept states.
-    implementation: of the fast weights' kernels; None chooses by platform.
+    implementation: of the fast weights' kernels; None chooses by platform,
+      also the attention's; xla is meant for both.
     rate: learning rate of a token before training.
     low_rank: W0 = L R + I/2 (W2 too) with this inner size; 0 is full.
     fast_rope, fast_silu_v, fast_gate: rotation of the fast q and k, silu of
@@ -224,7 +225,12 @@ class LactLayer(nn.Module):
       )
       out = lact_cache.attend(near[0], begun.keys, begun.values, now)
     else:
-      out = layers.attention(*near, causal=cfg.causal, window=cfg.window)
+      out = layers.attention(
+        *near,
+        causal=cfg.causal,
+        window=cfg.window,
+        implementation="xla" if cfg.implementation == "xla" else None,
+      )
     out = out.reshape(x.shape)
     fast_q, fast_k = self._rescale(q, "q"), self._rescale(k, "k")
     fast = (*x.shape[:2], cfg.fast_heads, cfg.fast_dim)

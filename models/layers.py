@@ -120,6 +120,7 @@ def attention(
   *,
   causal: bool,
   window: int | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """Softmax attention with scale 1/sqrt(K); softmax in float32.
 
@@ -129,6 +130,7 @@ def attention(
     v: [B, S, G, K].
     causal: query i sees keys j <= i.
     window: query i sees keys |i - j| < window; None is unlimited.
+    implementation: as of `window_attention`.
 
   Returns:
     [B, T, H, K] in q.dtype, in 4 B T S H K FLOPs; with a window below T / 3
@@ -139,15 +141,15 @@ def attention(
   """
   attend = functools.partial(window_attention, causal=causal, window=window)
   if not streams(q, k, causal=causal, window=window):
-    return attend(q, k, v)
+    return attend(q, k, v, implementation=implementation)
 
   def own(tree):
     mesh = partitioning.automatic_mesh()
-    # rows that the mesh does not divide: the partitioner knows no kernels
-    whole = mesh is not None and mesh.size > 1
+    chosen = implementation
+    if mesh is not None and mesh.size > 1:
+      chosen = "xla"  # the partitioner is to split the rows and knows no kernel
     k, v, q = (jnp.moveaxis(x, 1, 2) for x in tree)
-    out = attend(q, k, v, implementation="xla" if whole else None)
-    return jnp.moveaxis(out, 1, 2)
+    return jnp.moveaxis(attend(q, k, v, implementation=chosen), 1, 2)
 
   # k is first: the heads of a group are not to be parted
   tree = [jnp.moveaxis(x, 1, 2) for x in (k, v, q)]

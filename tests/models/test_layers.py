@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from giantsteps.models import layers
 
@@ -176,6 +178,48 @@ class RematTest(absltest.TestCase):
   def test_unknown_policy_is_named(self):
     with self.assertRaisesRegex(ValueError, "'half'.*none, dots, full"):
       layers.remat(nn.Dense, "half")
+
+
+def on_meshes():
+  """Long bfloat16 rows on eight devices, by mesh: the largest difference to
+  one device, and whether a program for TPUs would hold the kernel."""
+  rng = np.random.default_rng(0)
+  q = jnp.asarray(rng.normal(size=(4, 2_048, 4, 64)), jnp.bfloat16)
+  k, v = jnp.asarray(rng.normal(size=(2, 4, 2_048, 2, 64)), jnp.bfloat16)
+
+  def run(q, k, v):
+    out, pull = jax.vjp(
+      functools.partial(layers.attention, causal=True, window=256), q, k, v
+    )
+    return out, *pull(out)
+
+  def difference(a, b):
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    return np.linalg.norm(a - b) / np.linalg.norm(b)
+
+  want = jax.jit(run)(q, k, v)
+  found = {}
+  for sizes in ((2, 2, 2), (8, 1, 1)):  # the second divides no four rows
+    mesh = jax.make_mesh(
+      sizes, ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3
+    )
+    put = lambda x, mesh=mesh: jax.device_put(x, NamedSharding(mesh, P()))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      traced = jax.jit(run).trace(put(q), put(k), put(v))
+      out = jax.device_get(traced.lower().compile()(put(q), put(k), put(v)))
+      tpu = traced.lower(lowering_platforms=("tpu",)).as_text()
+    worst = max(map(difference, out, want))
+    found[str(sizes)] = [worst, "tpu_custom_call" in tpu]
+  return found
+
+
+def test_a_mesh_changes_no_number(on_devices):
+  found = on_devices(8, __file__, "on_meshes()")
+  # of the same bfloat16 numbers, some are rounded the other way: far below
+  # the 2^-9 of all of them
+  for mesh, holds in (("(2, 2, 2)", True), ("(8, 1, 1)", False)):
+    worst, kernel = found[mesh]
+    assert (worst < 2e-4, kernel) == (True, holds), (mesh, worst, kernel)
 
 
 if __name__ == "__main__":
