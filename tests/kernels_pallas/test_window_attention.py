@@ -60,21 +60,31 @@ def operands(rows, length, heads, groups, width, dtype=np.float64):
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
-  ("length", "window", "groups"),
-  [(21, 5, 4), (20, 5, 2), (16, 15, 4), (7, 3, 1), (9, 1, 4)],
+  ("length", "window", "groups", "limit"),
+  [
+    (21, 5, 4, 1),  # one piece at a time
+    (20, 5, 2, 3_000),  # some
+    (16, 15, 4, 3_000),
+    (7, 3, 1, 1),
+    (9, 1, 4, 1),
+  ],
 )
-@pytest.mark.parametrize("limit", [1, 3_000])  # one piece at a time, or some
-def test_streamed_equals_numpy(length, window, groups, causal, limit):
+def test_streamed_equals_numpy(length, window, groups, limit, causal):
   q, k, v, cotangent = operands(2, length, 4, groups, 8)
   attend = functools.partial(
     reference.attention, causal=causal, window=window, limit=limit
   )
-  assert reference.streams(
-    jnp.asarray(q), jnp.asarray(k), causal=causal, window=window, limit=1
-  )
+
+  @jax.jit
+  def run(cotangent, *arrays):
+    assert reference.streams(
+      *arrays[:2], causal=causal, window=window, limit=limit
+    )
+    out, pull = jax.vjp(attend, *arrays)
+    return out, *pull(cotangent)
+
   with jax.enable_x64(True):
-    out, pull = jax.vjp(attend, *map(jnp.asarray, (q, k, v)))
-    found = out, *pull(jnp.asarray(cotangent))
+    found = run(*map(jnp.asarray, (cotangent, q, k, v)))
   want = exact(q, k, v, cotangent, seen(length, causal, window))
   for a, b in zip(found, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * length)
@@ -88,8 +98,9 @@ def test_streamed_has_forward_mode():
     attend = functools.partial(
       reference.attention, causal=True, window=4, limit=1
     )
-    move = jax.jvp(attend, arrays, tangents)[1]
-    pulled = jax.vjp(attend, *arrays)[1](jnp.asarray(cotangent))
+    push = jax.jit(lambda xs, ts: jax.jvp(attend, xs, ts)[1])
+    pull = jax.jit(lambda xs, c: jax.vjp(attend, *xs)[1](c))
+    move, pulled = push(arrays, tangents), pull(arrays, cotangent)
   # the two modes are one linear map, and the reverse one is NumPy's above
   forwards = np.vdot(cotangent, move)
   backwards = sum(np.vdot(a, b) for a, b in zip(pulled, tangents, strict=True))
