@@ -1,6 +1,8 @@
 """Streamed scores against NumPy in float64; JAX's kernel, interpreted, against
 both; where it is taken."""
 
+# pyright: reportArgumentType=false (shapes stand for jax.Array)
+
 import functools
 
 import harness
@@ -52,7 +54,7 @@ def exact(q, k, v, cotangent, visible):
   return out, dq, dk, dv
 
 
-def operands(rows, length, heads, groups, width, dtype=np.float64):
+def operands(rows, length, heads, groups, width, dtype="float64"):
   rng = np.random.default_rng(0)
   shapes = [(rows, length, n, width) for n in (heads, groups, groups, heads)]
   return [rng.standard_normal(shape).astype(dtype) for shape in shapes]
@@ -156,7 +158,7 @@ def test_kernel_parity(length, groups, width, causal, window, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 127, 128, 129, 511, 512, 10_000])
 def test_kernel_at_the_edges_of_its_blocks(window):
-  q, k, v, cotangent = operands(1, 700, 2, 2, 64, np.float32)
+  q, k, v, cotangent = operands(1, 700, 2, 2, 64, "float32")
   out, pull = jax.vjp(jax.jit(kernel(True, window)), q, k, v)
   found = out, *pull(jnp.asarray(cotangent))
   want = exact(q, k, v, cotangent, seen(700, True, window))

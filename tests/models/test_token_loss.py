@@ -32,7 +32,7 @@ def exact():
 
 
 def results(hidden, head, tokens, weights, chunk):
-  loss = lambda *xs: token_loss.cross_entropy(*xs, tokens, chunk=chunk)
+  loss = lambda h, w: token_loss.cross_entropy(h, w, tokens, chunk=chunk)
   losses, pull = jax.vjp(loss, hidden, head)
   return losses, *pull(weights)
 
