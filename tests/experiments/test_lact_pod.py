@@ -25,10 +25,9 @@ KERNELS |= {"newton_schulz"}
 ATTENTION = {"splash_mha_fwd_residuals", "splash_mha_dq_no_residuals"}
 ATTENTION |= {"splash_mha_dkv_no_residuals"}
 # A long row with the window, the heads' width and the vocabulary of the 760M
-# model; fast weights without kernels, which take long to compile.
+# model.
 LONG = [
   *("model.num_heads=6", "model.vocab_size=32000", "model.chunk_size=2048"),
-  *("model.fast_heads=2", "model.muon=false", "model.momentum=false"),
   *("model.window=2048", "model.remat=full", "data.seq_len=16384"),
 ]
 
@@ -57,6 +56,7 @@ def test_the_step_holds_every_kernel():
   assert kernels("data=4") == KERNELS | ATTENTION
 
 
+@pytest.mark.slow
 def test_a_long_row_is_streamed():
   step = pod.compile_step("lact_760m", "v5e:2x2", "data=4", [*SMALL, *LONG])
   assert calls(step) >= ATTENTION
