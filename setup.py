@@ -8,10 +8,12 @@ HERE = pathlib.Path(__file__).parent
 FOLDERS = ("models", "samplers", "kernels_pallas", "research", "experiments")
 
 DEMO = ["scikit-learn", "matplotlib", "tqdm"]
+CHECKPOINTS = ["safetensors>=0.8", "tokenizers", "jinja2"]
 EXTRAS = {
   "demo": DEMO,
   "test": [
     *DEMO,
+    *CHECKPOINTS,
     "pytest",
     "pytest-xdist",
     "ruff",
@@ -19,6 +21,7 @@ EXTRAS = {
     # compile-for-TPU tests run where it installs and say why they skip
     "libtpu; platform_machine == 'x86_64' and sys_platform == 'linux'",
   ],
+  "checkpoints": CHECKPOINTS,  # published models: pretrained, generate --model
   "tpu": ["jax[tpu]"],
   "cuda12": ["jax[cuda12]"],
   "cuda13": ["jax[cuda13]"],

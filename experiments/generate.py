@@ -2,7 +2,7 @@
 
   python -m giantsteps.experiments.generate --workdir runs/code \\
       --prompt 'def main(' --num_tokens 96
-  python -m giantsteps.experiments.generate --model Dream-v0-Instruct-7B \\
+  python -m giantsteps.experiments.generate --model LLaDA-8B-Instruct \\
       --chat --prompt 'Why is the sky blue?'
 
 Restores the averaged parameters of the newest intact checkpoint of a work

@@ -1,6 +1,6 @@
 """Published checkpoints as parameters of transformer.py, and back.
 
-  config, params = pretrained.load("Dream-v0-Instruct-7B")
+  config, params = pretrained.load("LLaDA-8B-Instruct")
   logits = transformer.logits(config, params, tokens)
 
 A folder in the form of Hugging Face: config.json beside model.safetensors or

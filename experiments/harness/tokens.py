@@ -1,4 +1,4 @@
-"""Text to tokens and back: bytes of our own models, tokenizer.json of others."""
+"""Text to tokens and back: bytes of our own models, tokenizers of others."""
 
 import datetime
 import json
@@ -6,10 +6,17 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.models import safetensors_folder
 
 InputError = config_lib.InputError
+# How Qwen2 cuts a text before its byte pairs are merged.
+_QWEN_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 class Tokens(NamedTuple):
@@ -26,7 +33,7 @@ class Tokens(NamedTuple):
 
   unit: str
   encode: Callable[[str], list[int]]
-  decode: Callable[[Sequence[int]], str]
+  decode: Callable[[Sequence[int] | np.ndarray], str]
   eos: tuple[int, ...] = ()
   pad: int | None = None
   mask: int | None = None
@@ -49,7 +56,8 @@ def published(
   may also be named in tokenizer_config.json.
 
   Args:
-    directory: holds tokenizer.json and config.json.
+    directory: holds config.json and tokenizer.json; of Qwen2 and Dream also
+      vocab.json and merges.txt will do, Dream has no other.
     vocab_size: of the model; ids outside are refused.
     chat: wraps a text as the user's turn of the folder's chat template,
       which a sandbox renders, and opens the assistant's.
@@ -57,25 +65,9 @@ def published(
   Raises:
     InputError: if a file or a library is missing or a file is of no use.
   """
-  path = directory / "tokenizer.json"
-  if not path.is_file():
-    raise InputError(
-      f"{path}: no such file; other formats are not read, transformers' "
-      "AutoTokenizer.save_pretrained writes it"
-    )
-  try:
-    import tokenizers
-  except ImportError as error:
-    raise InputError(
-      f"{path}: needs the library tokenizers, "
-      "pip install 'giantsteps[checkpoints]'"
-    ) from error
-  try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-  except Exception as error:  # the library raises nothing narrower
-    raise InputError(f"{path}: no tokenizer, {_line(error)}") from error
   named = _json(directory / "tokenizer_config.json")
   model = _json(directory / "config.json")
+  tokenizer = _tokenizer(directory, model.get("model_type"), named)
   ends = _json(directory / "generation_config.json").get("eos_token_id")
   eos = {*_ids(model.get("eos_token_id")), *_ids(ends)}
   mask = _ids(model.get("mask_token_id"))
@@ -103,6 +95,70 @@ def published(
   return Tokens(
     "tokens", encode, decode, tuple(sorted(eos)), one(pad), one(mask)
   )
+
+
+def _tokenizer(directory: pathlib.Path, model_type: Any, named: dict) -> Any:
+  path, table = directory / "tokenizer.json", directory / "vocab.json"
+  try:
+    import tokenizers
+  except ImportError as error:
+    raise InputError(
+      f"{path}: needs the library tokenizers, "
+      "pip install 'giantsteps[checkpoints]'"
+    ) from error
+  if path.is_file():
+    try:
+      return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing narrower
+      raise InputError(f"{path}: no tokenizer, {_line(error)}") from error
+  merges = directory / "merges.txt"
+  known = model_type in ("qwen2", "Dream")
+  if not (known and table.is_file() and merges.is_file()):
+    raise InputError(
+      f"{path}: no such file; other formats are not read (but of qwen2 and "
+      "Dream vocab.json with merges.txt), transformers' "
+      "AutoTokenizer.save_pretrained writes it"
+    )
+  try:
+    model = tokenizers.models.BPE.from_file(str(table), str(merges))
+  except Exception as error:
+    raise InputError(f"{table}: no vocabulary, {_line(error)}") from error
+  cut = tokenizers.pre_tokenizers
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.normalizer = tokenizers.normalizers.NFC()
+  tokenizer.pre_tokenizer = cut.Sequence(
+    [
+      cut.Split(tokenizers.Regex(_QWEN_WORDS), "isolated"),
+      cut.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  for index, (text, special) in sorted(_added(directory, named).items()):
+    token = tokenizers.AddedToken(text, special=special, normalized=False)
+    tokenizer.add_tokens([token])
+    if tokenizer.token_to_id(text) != index:
+      raise InputError(
+        f"{directory}: the added token {text!r} has the id {index}, after "
+        f"{table.name} it would be {tokenizer.token_to_id(text)}"
+      )
+  return tokenizer
+
+
+def _added(directory: pathlib.Path, named: dict) -> dict[int, tuple[str, bool]]:
+  """Tokens beside the vocabulary, id -> (text, special), from either file."""
+  rows = named.get("added_tokens_decoder") or {}
+  older = _json(directory / "added_tokens.json")
+  try:
+    added = {index: (text, True) for text, index in older.items()}
+    added |= {
+      int(index): (_content(row), bool(row.get("special")))
+      for index, row in rows.items()
+    }
+    return {int(index): pair for index, pair in added.items()}
+  except (AttributeError, TypeError, ValueError) as error:
+    raise InputError(
+      f"{directory}: the added tokens are malformed, {_line(error)}"
+    ) from error
 
 
 def _template(

@@ -151,8 +151,27 @@ def test_sample_and_generate_refuse_bad_input_in_one_line(files):
     [f"--workdir={folder}", "--nfe=0"],
   ]
   check(invoke("sample", more), more, [["magic", "ddim"], ["0"]])
-  more = [[f"--workdir={folder}", "--num_tokens=x"]]
-  check(invoke("generate", more), more, [["x"]])
+  tiny = files / "tiny"
+  tiny.mkdir()
+  golden = ROOT / "tests" / "golden" / "parallel_decoding"
+  raw = json.loads((golden / "tiny_dream.config.json").read_text())
+  (tiny / "config.json").write_text(json.dumps(raw))
+  unknown = files / "unknown"
+  unknown.mkdir()
+  (unknown / "config.json").write_text('{"model_type": "gpt2"}')
+  cases = [
+    ([f"--workdir={folder}", "--num_tokens=x"], ["x"]),
+    ([f"--workdir={folder}", f"--model={tiny}"], ["workdir", "model"]),
+    ([f"--workdir={folder}", "--chat"], ["chat", "--model"]),
+    ([f"--model={folder}"], ["no_run/config.json"]),
+    ([f"--model={broken}"], ["config.json", "JSON"]),
+    ([f"--model={unknown}"], ["gpt2", "llama"]),
+    ([f"--model={tiny}"], ["tokenizer.json"]),
+    ([f"--model={tiny}", "--dtype=int8"], ["int8"]),
+    ([f"--model={tiny}", "--mesh=rows=2"], ["rows", "model"]),
+  ]
+  lines, expected = zip(*cases, strict=True)
+  check(invoke("generate", list(lines)), lines, expected)
 
 
 def test_compile_for_pod_refuses_bad_input_in_one_line():

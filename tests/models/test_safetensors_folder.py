@@ -4,6 +4,7 @@ import json
 import pathlib
 import struct
 import sys
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -75,7 +76,7 @@ def test_shards_are_written_as_others_read_them(tmp_path):
     assert tensor.read(index).tobytes() == arrays[name].tobytes()
 
 
-def entry(dtype="F32", shape=(3, 4), offsets=(0, 48)):
+def entry(dtype: Any = "F32", shape=(3, 4), offsets=(0, 48)):
   return {
     "dtype": dtype,
     "shape": list(shape),
