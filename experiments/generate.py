@@ -13,6 +13,7 @@ appends one token per pass. Prints each text with its forward passes; in a work
 folder also appends a line per text to generated.jsonl.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import Any, NamedTuple
@@ -187,6 +188,13 @@ def _published(folder: str) -> _Source:
     config, params = pretrained.load(directory, dtype=_DTYPE.value, mesh=mesh)
   except (safetensors_folder.FolderError, ImportError) as error:
     raise config_lib.InputError(f"--model: {error}") from error
+  rows = config.embedding_size or config.vocab_size
+  # Differs from the published decoders: ids without a token, such as Dream's
+  # 151667 to 152063, get no probability; they would be no text.
+  if tokens.size is not None and 0 < tokens.size < config.vocab_size:
+    config = dataclasses.replace(
+      config, vocab_size=tokens.size, embedding_size=rows
+    )
   length = raw.get("max_position_embeddings", raw.get("max_sequence_length"))
   return _Source(
     transformer.bind(config, params),

@@ -29,6 +29,7 @@ class Tokens(NamedTuple):
     eos: ids that end a text.
     pad: id that fills, or None.
     mask: id of an unknown token, or None.
+    size: no id from here on has a meaning; None: unknown.
   """
 
   unit: str
@@ -37,6 +38,7 @@ class Tokens(NamedTuple):
   eos: tuple[int, ...] = ()
   pad: int | None = None
   mask: int | None = None
+  size: int | None = None
 
 
 def utf8(mask: int | None = None) -> Tokens:
@@ -92,8 +94,15 @@ def published(
     return tokenizer.decode(ids[:end], skip_special_tokens=True)
 
   one = lambda ids: ids[0] if ids else None
+  known = [*tokenizer.get_vocab().values(), *eos, *pad, *mask]
   return Tokens(
-    "tokens", encode, decode, tuple(sorted(eos)), one(pad), one(mask)
+    unit="tokens",
+    encode=encode,
+    decode=decode,
+    eos=tuple(sorted(eos)),
+    pad=one(pad),
+    mask=one(mask),
+    size=max(known, default=-1) + 1,
   )
 
 
