@@ -188,6 +188,30 @@ def parse(text: str) -> list[Bundle]:
   return bundles
 
 
+def _deciding(bundles: list[Bundle]) -> list[tuple[Instruction, ...]]:
+  """Per bundle the instructions on which branches depend, phis first."""
+  writers = collections.defaultdict(list)
+  wanted, found = [], set()
+  for i, bundle in enumerate(bundles):
+    for x in bundle.scalars:
+      if x.kind == "branch":
+        wanted.append((i, x))
+      else:
+        writers[x.name].append((i, x))
+  while wanted:
+    here = wanted.pop()
+    if here not in found:
+      found.add(here)
+      x = here[1]
+      names = (*x.operands, *x.predicate[:1]) if x.predicate else x.operands
+      wanted += [w for n in (*names, x.otherwise) if n for w in writers[n]]
+  out = []
+  for i, bundle in enumerate(bundles):
+    kept = [x for x in bundle.scalars if (i, x) in found]
+    out.append(tuple(sorted(kept, key=lambda x: x.kind != "phi")))
+  return out
+
+
 def executions(bundles: list[Bundle]) -> tuple[list[int], int]:
   """How often every bundle is executed, and how many branches are unknown.
 
@@ -211,18 +235,25 @@ def executions(bundles: list[Bundle]) -> tuple[list[int], int]:
     clock += 1
     values[name], written[name] = value, clock
 
-  times = [0] * len(bundles)
+  decides = _deciding(bundles)
+  following = [len(bundles)] * (len(bundles) + 1)  # bundle that decides
+  for i in reversed(range(len(bundles))):
+    following[i] = i if decides[i] else following[i + 1]
+  # Executions of bundle i less those of bundle i - 1.
+  steps = [0] * (len(bundles) + 1)
   position = total = 0
   pending: tuple[int, int] | None = None  # (delay slots left, target)
   while position < len(bundles):
-    bundle = bundles[position]
-    times[position] += 1
-    total += 1
+    end = position + 1
+    if not pending:
+      end = max(end, following[position])
+    steps[position] += 1
+    steps[end] -= 1
+    total += end - position
     if total > _LIMIT:
       raise ValueError(f"more than {_LIMIT} bundles: a loop does not end")
-    ordered = sorted(bundle.scalars, key=lambda x: x.kind != "phi")
     target = None
-    for x in ordered:
+    for x in decides[position]:
       holds: Value = 1
       if x.predicate:
         holds = read(x.predicate[0])
@@ -253,8 +284,8 @@ def executions(bundles: list[Bundle]) -> tuple[list[int], int]:
     if pending and pending[0] == 0:
       position, pending = pending[1], None
     else:
-      position += 1
-  return times, unknown
+      position = end
+  return list(itertools.accumulate(steps[:-1])), unknown
 
 
 def count(program: str, utilization: str, issue: int) -> Count:
