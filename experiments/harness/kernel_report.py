@@ -233,30 +233,40 @@ def tune(
 ) -> dict[str, int]:
   """Tries the kernel's candidates for one example and keeps the best.
 
-  The fewest estimated microseconds win; within 2 %, the fewest spills. The
-  best goes to tuned/<chip>.json under the call that the kernel looks up.
+  The fewest estimated microseconds without a register spill win. The best
+  goes to tuned/<chip>.json under the call that the kernel looks up.
 
   Args:
-    name: the package; `candidates()` of its examples.py are tried.
+    name: the package; `candidates(example)` of its examples.py are tried.
     example: the call.
     target: of `TARGETS`.
     tell: receives a line per candidate, as `logging.info`.
+
+  Returns:
+    The best; {} for an example without candidates.
+
+  Raises:
+    InputError: if every candidate spills or does not fit.
   """
   module = importlib.import_module(f"giantsteps.kernels_pallas.{name}.examples")
+  if not module.candidates(example):
+    return {}
   tried = []
-  for blocks in module.candidates():
+  for blocks in module.candidates(example):
     found = estimate(name, example.name, target, "pallas_tpu", blocks)
     if "fails" in found:
       tell("%s: %s", blocks, found["fails"])
       continue
     spills = sum(kernel["spills"] for kernel in found["kernels"])
     tell("%s: %.1f us, %d spills", blocks, found["microseconds"], spills)
-    tried.append((found["microseconds"], spills, blocks, found))
+    if not spills:
+      tried.append((found["microseconds"], blocks, found))
   if not tried:
-    raise config_lib.InputError(f"{example.name}: no candidate compiles")
-  near = 1.02 * min(row[0] for row in tried)
-  good = [row for row in tried if row[0] <= near]
-  _, _, best, found = min(good, key=lambda row: (row[1], row[0]))
+    raise config_lib.InputError(
+      f"{example.name}: no candidate compiles without spills; "
+      f"candidates() of {name}/examples.py needs smaller blocks"
+    )
+  _, best, found = min(tried, key=lambda row: row[0])
   path = tuning.file(found["device_kind"])
   known = json.loads(path.read_text()) if path.is_file() else {}
   for kernel, call in found["asked"]:

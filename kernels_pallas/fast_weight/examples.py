@@ -1,12 +1,11 @@
 """Calls of real models: reading and writing the memory of one layer."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 
 from giantsteps.kernels_pallas.example import Example
 from giantsteps.kernels_pallas.fast_weight import operations
+from giantsteps.kernels_pallas.newton_schulz import newton_schulz
 
 # name, batch * heads, tokens of a chunk, d, h
 _SIZES = (
@@ -59,10 +58,59 @@ def _of_a_layer(name, batch, length, d, h) -> list[Example]:
       (weights, weights, norms, momentum),
       8 * elements,
     ),
+    Example(
+      f"muon step {name}",
+      muon_step,
+      (weights, norms, momentum, tokens, tokens, tokens, rates),
+      9 * product + 15.0 * batch * (4 * d * h * min(d, h) + 2 * min(d, h) ** 3),
+    ),
   ]
 
 
-def candidates() -> list[dict[str, int]]:
+def muon_step(weights, norms, momentum, k, v, q, rates, *, implementation=None):
+  """One chunk of LaCT with Muon and momentum: what it reads and the new state.
+
+  Gradient, M = D + mu M, five Newton-Schulz steps in bfloat16 of the three
+  matrices at once, W + NS(M) with rows of the old lengths, f_W(q): the
+  kernels, and what XLA puts between them in one compiled program (momentum,
+  stacking, transposition). Not counted: the projections that make k, v, q and
+  the rates, the mean of mu, the derivative, and waits for memory.
+
+  Args:
+    weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d] float32.
+    norms: lengths of their rows, [N, rows, 1].
+    momentum: mu [N, 1, 1] and the buffers M.
+    k, v, q: [N, C, d] bfloat16.
+    rates: three [N, C, 1] float32.
+    implementation: of all four operations.
+
+  Returns:
+    f_W(q) [N, C, d], W and M.
+  """
+  choose = {"implementation": implementation}
+  step = operations.gradient(weights, k, v, rates, **choose)
+  mu, buffers = momentum
+  buffers = jax.tree.map(lambda d, m: d + mu * m, step, buffers)
+  d0, d1, d2 = buffers
+  o0, o1, o2 = newton_schulz(
+    jnp.stack([d0, d1.mT, d2]), dtype=jnp.bfloat16, **choose
+  )
+  weights, _, _ = operations.update(weights, (o0, o1.mT, o2), norms, **choose)
+  return operations.apply(weights, q, **choose), weights, buffers
+
+
+def candidates(example: Example) -> list[dict[str, int]]:
   """Block sizes worth trying, see `tpu.gradient` and `tpu.apply`."""
-  sizes = itertools.product((128, 256, 512), (128, 256, 384, 512))
-  return [{"tile": tile, "rows": rows} for tile, rows in sizes]
+  operation = example.name.partition(" ")[0]
+  if operation not in ("apply", "gradient"):
+    return []
+  tiles = {"apply": (256, 512), "gradient": (128, 256)}[operation]
+  hidden = example.operands[0][0].shape[1]
+  rows = {"apply": (128, 256), "gradient": (512, 768)}[operation]
+  return [
+    {"tile": tile, "rows": most, "depth": depth}
+    for tile in tiles
+    for most in rows
+    for depth in (256, 512)
+    if most <= max(hidden, 512)
+  ]

@@ -12,15 +12,16 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from giantsteps.kernels_pallas import dispatch, tuning
+from giantsteps.kernels_pallas import dispatch, packed, tuning
 from giantsteps.kernels_pallas.fast_weight.reference import EPSILON, Weights
 
 _BETWEEN = (((1,), (1,)), ((), ()))  # a b^T
 _PLAIN = (((1,), (0,)), ((), ()))  # a b
 _LANES = 128
+_STRIP = 64  # rows of an elementwise pass, few enough for the registers
 # Without spills on a v6e; other chips' sizes are in tuned/.
-APPLY_BLOCKS = {"tile": 512, "rows": 256}
-GRADIENT_BLOCKS = {"tile": 256, "rows": 512}
+APPLY_BLOCKS = {"tile": 512, "rows": 256, "depth": 512}
+GRADIENT_BLOCKS = {"tile": 256, "rows": 512, "depth": 512}
 _VMEM = 60 * 2**20  # bytes: what a v5p has, less than the others
 
 
@@ -36,8 +37,9 @@ def apply(
   Args:
     weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d]; all of a head on chip.
     q: [N, C, d] bfloat16 or float32.
-    blocks: "tile", tokens of one program, a multiple of 8, and "rows", most
-      hidden features of one product, a multiple of 128; None is as tuned.
+    blocks: "tile", tokens of one program, a multiple of 8; "rows", most
+      hidden features of one product, and "depth", most of d, multiples of 128;
+      None is as tuned.
     interpret: runs on a CPU, slowly; for tests.
 
   Returns:
@@ -56,7 +58,7 @@ def apply(
   down = pl.BlockSpec((None, d_padded, h), lambda n, t: (n, 0, 0))
   operands = (w0, w1, w2, q)
   out = pl.pallas_call(
-    functools.partial(_apply_body, rows=rows),
+    functools.partial(_apply_body, rows=rows, depth=blocks["depth"]),
     grid=(n, q.shape[1] // tile),
     in_specs=[up, down, up, token],
     out_specs=token,
@@ -81,8 +83,10 @@ def apply(
 
 
 def _apply_body(
-  w0_ref, w1_ref, w2_ref, q_ref, out_ref, weights, features, total, *, rows
-):
+  w0_ref, w1_ref, w2_ref, q_ref, out_ref,
+  weights, features, total,
+  *, rows, depth,
+):  # fmt: skip
   """One block of tokens, the whole memory; W1 lies transposed, as [h, d]."""
   blocks, dtype = features.shape[0], q_ref.dtype
 
@@ -95,13 +99,18 @@ def _apply_body(
         weights[1, j, to] = w2_ref[r].astype(dtype)
         weights[2, j, to] = w1_ref[:, r].astype(dtype).T
 
+  parts = _parts(q_ref.shape[1], depth)
+
   def project(j):  # g, u
-    features[j, 0] = _dot(q_ref[...], weights[0, j], _BETWEEN)
-    features[j, 1] = _dot(q_ref[...], weights[1, j], _BETWEEN)
+    for i in range(2):
+      for c in parts:
+        s = _dot(q_ref[:, c], weights[i, j, :, c], _BETWEEN)
+        features[j, i] = features[j, i] + s if c.start else s
 
   def read(j):
     x = jax.nn.silu(features[j, 0]) * features[j, 1]
-    total[...] += _dot(x.astype(dtype), weights[2, j], _PLAIN)
+    for c in parts:
+      total[:, c] += _dot(x.astype(dtype), weights[2, j, :, c], _PLAIN)
 
   total[...] = jnp.zeros_like(total)
   _loop(blocks, project)
@@ -130,8 +139,9 @@ def gradient(
     v: [N, C, d] in k.dtype.
     learning_rates: three [N, C, 1], for W0, W1, W2.
     blocks: "tile", tokens of one product, a multiple of 128: the width of the
-      matrix unit, 256 from v6e on and 128 before; and "rows", most hidden rows
-      of one program, a multiple of 128. None is as tuned.
+      matrix unit, 256 from v6e on and 128 before; "rows", most hidden rows
+      of one program, and "depth", most of d in one product, multiples of 128.
+      None is as tuned.
     interpret: runs on a CPU, slowly; for tests.
 
   Returns:
@@ -164,7 +174,7 @@ def gradient(
   operands = (w0, w1, w2, k, v, *rates)
   products = 6 * n * k.shape[1] * h_padded * d_padded
   d0, d1, d2 = pl.pallas_call(
-    functools.partial(_gradient_body, tile=tile, strip=_divisor(rows, 256)),
+    functools.partial(_gradient_body, tile=tile, depth=blocks["depth"]),
     grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
     in_specs=[up, down, up, token, token, rate, rate, rate],
     out_specs=[up, down, up],
@@ -174,7 +184,8 @@ def gradient(
     scratch_shapes=[
       pltpu.VMEM((3, rows, d_padded), k.dtype),
       pltpu.VMEM((rows, d_padded), jnp.float32),
-      pltpu.VMEM((tiles, 4, rows, tile), jnp.float32),
+      pltpu.VMEM((tiles, 3, rows, tile), jnp.float32),
+      packed.scratch((tiles, 3, rows, tile), k.dtype),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -194,13 +205,13 @@ def gradient(
 def _gradient_body(
   w0_ref, w1_ref, w2_ref, k_ref, v_ref, rate0_ref, rate1_ref, rate2_ref,
   d0_ref, d1_ref, d2_ref,
-  weights, d1_transposed, features,
-  *, tile, strip,
+  weights, d1_transposed, features, weighed,
+  *, tile, depth,
 ):  # fmt: skip
   """One block of hidden rows and one of tokens; tokens come innermost.
 
   Each loop is a phase with few values alive, so that the compiler keeps them
-  in registers: one straight body overlaps more and spills thousands.
+  in registers: one straight body overlaps more and spills hundreds.
   """
   rows, dtype = w0_ref.shape[0], k_ref.dtype
   tiles = k_ref.shape[0] // tile
@@ -217,32 +228,37 @@ def _gradient_body(
   def tokens(i):
     return pl.ds(pl.multiple_of(i * tile, tile), tile)
 
+  parts = _parts(k_ref.shape[1], depth)
+
   def project(i):  # g, u, p
-    features[i, 0] = _dot(weights[0], k_ref[tokens(i)], _BETWEEN)
-    features[i, 1] = _dot(weights[1], k_ref[tokens(i)], _BETWEEN)
-    features[i, 2] = _dot(weights[2], v_ref[tokens(i)], _BETWEEN)
+    for j, x_ref in enumerate((k_ref, k_ref, v_ref)):
+      for c in parts:
+        s = _dot(weights[j, :, c], x_ref[tokens(i), c], _BETWEEN)
+        features[i, j] = features[i, j] + s if c.start else s
 
-  def write_down(i):  # D1; a and silu'(g) for the others
+  def weigh(i):  # what meets the tokens in D0, D1, D2
     def part(j):
-      r = pl.ds(pl.multiple_of(j * strip, strip), strip)
-      g = features[i, 0, r]
-      s = jax.nn.sigmoid(g)
+      r = pl.ds(pl.multiple_of(j * _STRIP, _STRIP), _STRIP)
+      g, u, p = (features[i, j, r] for j in range(3))
+      s = 0.5 + 0.5 * jnp.tanh(0.5 * g)  # fewer steps than a division
       a = g * s
-      features[i, 0, r] = a
-      features[i, 3, r] = s * (1 + g - a)
-      x = (rate1_ref[i] * (a * features[i, 1, r])).astype(dtype)
-      d1_transposed[r] += _dot(x, v_ref[tokens(i)], _PLAIN)
+      slope = s * (1 + g - a)
+      packed.store(
+        weighed, (i, 0, r, slice(None)), rate0_ref[i] * (p * (u * slope))
+      )
+      packed.store(weighed, (i, 1, r, slice(None)), rate1_ref[i] * (a * u))
+      packed.store(weighed, (i, 2, r, slice(None)), rate2_ref[i] * (p * a))
 
-    _loop(rows // strip, part)
+    _loop(rows // _STRIP, part)
 
-  def write_up(i):  # D0, D2
-    a, u, p, slope = (features[i, j] for j in range(4))
-    x = (rate2_ref[i] * (p * a)).astype(dtype)
-    d2_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
-    x = (rate0_ref[i] * (p * (u * slope))).astype(dtype)
-    d0_ref[...] += _dot(x, k_ref[tokens(i)], _PLAIN)
+  def write(i):
+    written = ((d0_ref, k_ref), (d1_transposed, v_ref), (d2_ref, k_ref))
+    for j, (out, x_ref) in enumerate(written):
+      for c in parts:
+        x = packed.load(weighed, (i, j, slice(0, rows), slice(None)))
+        out[:, c] += _dot(x, x_ref[tokens(i), c], _PLAIN)
 
-  for phase in (project, write_down, write_up):
+  for phase in (project, weigh, write):
     _loop(tiles, phase)
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -350,6 +366,11 @@ def _update_one(total, step, norm, buffer, mu, keep_total, interpret):
 def _loop(trips, body):
   """A loop that stays one: what it holds is scheduled alone."""
   jax.lax.fori_loop(0, trips, lambda i, _: (body(i), None)[1], None)
+
+
+def _parts(d: int, depth: int) -> list[slice]:
+  """Of d: terms of a sum, or columns of a result, that registers can hold."""
+  return [slice(c, min(c + depth, d)) for c in range(0, d, depth)]
 
 
 def _dot(a, b, contract):

@@ -1,7 +1,6 @@
 """Calls of real models: the Muon step of every fast weight of a batch."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -34,10 +33,21 @@ def examples() -> list[Example]:
   ]
 
 
-def candidates() -> list[dict[str, int]]:
-  """Block sizes worth trying, see `tpu.iterate`."""
-  sizes = itertools.product((1, 2, 4, 6), (128, 256))
-  return [
-    {"matrices": matrices, "block": block, "columns": block, "depth": 512}
-    for matrices, block in sizes
+def candidates(example: Example) -> list[dict[str, int]]:
+  """Block sizes worth trying, see `tpu.iterate`: those of matrix units of 128
+  (before v6e) and of 256, few enough for an hour of one core per chip."""
+  del example
+  narrow = [
+    {"matrices": z, "block": 128, "height": 128, "depth": k, "columns": 128}
+    for z, k in ((1, 128), (1, 256), (1, 512), (2, 128))
   ]
+  wide = [
+    {"matrices": z, "block": 256, "height": height, "depth": k, "columns": 256}
+    for z, height, k in (
+      (4, 1024, 512),
+      (4, 256, 512),
+      (1, 1024, 256),
+      (1, 256, 256),
+    )
+  ]
+  return narrow + wide

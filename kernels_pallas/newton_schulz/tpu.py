@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from giantsteps.kernels_pallas import dispatch, tuning
+from giantsteps.kernels_pallas import dispatch, packed, tuning
 
 LANES = 128
 VMEM = 56 * 2**20  # bytes a program may take: a TPU v5p has 64 MiB
@@ -118,7 +118,7 @@ def iterate(
   x = jnp.pad(x, ((0, 0), (0, rows - m), (0, width - n)))
   whole = pl.BlockSpec((num, rows, width), lambda i: (i, 0, 0))
   held = (slots, num, rows, width)
-  square = _packed((num, rows, rows), dtype)
+  square = packed.scratch((num, rows, rows), dtype)
   scratch = [square, pltpu.VMEM((num, rows, rows), jnp.float32), square]
   if keep:
     out_spec = pl.BlockSpec(held, lambda i: (0, i, 0, 0))
@@ -126,7 +126,7 @@ def iterate(
   else:
     out_spec = whole
     shape = dispatch.result((total, rows, width), jnp.float32, x)
-    scratch.insert(0, _packed(held, dtype))
+    scratch.insert(0, packed.scratch(held, dtype))
   flops = total * steps * (4 * rows**2 * width + 2 * rows**3)
   out = pl.pallas_call(
     functools.partial(
@@ -178,7 +178,7 @@ def _body(
   def mirror(ref, z):
     for (i, h), (j, w) in upper:
       r, c = slice(i, i + h), slice(j, j + w)
-      _store(ref, (z, c, r), _load(ref, (z, r, c)).T)
+      packed.store(ref, (z, c, r), packed.load(ref, (z, r, c)).T)
 
   for z in range(num):
     _normalise(g_ref, x, z)
@@ -199,11 +199,11 @@ def _body(
           for k in depths(n):
             for z in range(num):
               tile = (z, slice(i, i + h), slice(j, j + w))
-              left = _load(x, (now, z, tile[1], k))
-              s = dot(left, _load(x, (now, z, tile[2], k)), _NT)
+              left = packed.load(x, (now, z, tile[1], k))
+              s = dot(left, packed.load(x, (now, z, tile[2], k)), _NT)
               s = s + linear[tile] if k.start else s
               if k.stop == n:
-                _store(gram, tile, s)
+                packed.store(gram, tile, s)
                 s = b * s
               linear[tile] = s
         for z in range(num):
@@ -218,11 +218,11 @@ def _body(
           for k in depths(m):
             for z in range(num):
               tile = (z, slice(i, i + h), slice(j, j + w))
-              left = _load(gram, (z, tile[1], k))
-              s = dot(left, _load(gram, (z, tile[2], k)), _NT)
+              left = packed.load(gram, (z, tile[1], k))
+              s = dot(left, packed.load(gram, (z, tile[2], k)), _NT)
               s = c * s + linear[tile]
               if k.stop == m:
-                _store(poly, tile, s)
+                packed.store(poly, tile, s)
               else:
                 linear[tile] = s
         for z in range(num):
@@ -234,51 +234,17 @@ def _body(
           part = slice(0, w)  # of b A, which nobody needs any more
           for k in depths(m):
             for z in range(num):
-              right = _load(x, (now, z, k, slice(j, j + w)))
-              y = dot(_load(poly, (z, slice(0, m), k)), right, _NN)
+              right = packed.load(x, (now, z, k, slice(j, j + w)))
+              y = dot(packed.load(poly, (z, slice(0, m), k)), right, _NN)
               y = y + linear[z, :, part] if k.start else y
               if k.stop == m:
-                _store(x, (then, z, slice(0, m), slice(j, j + w)), y)
+                packed.store(x, (then, z, slice(0, m), slice(j, j + w)), y)
               else:
                 linear[z, :, part] = y
 
   if not keep:
     for z in range(num):
       _copy(x, out_ref, z)
-
-
-def _packed(shape, dtype):
-  """Scratch whose rows lie in pairs, as registers of bfloat16 hold them.
-
-  As bfloat16 a v5e would keep 8 rows to a tile of memory and join two halves
-  for every register that a product reads.
-  """
-  if dtype == jnp.float32:
-    return pltpu.VMEM(shape, dtype)
-  return pltpu.VMEM((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.uint32)
-
-
-def _pairs(index):
-  """Where the rows of an index into a matrix lie in packed scratch."""
-  *rest, rows, columns = index
-  if isinstance(rows, slice):
-    return *rest, slice(rows.start // 2, rows.stop // 2), columns
-  half = pl.multiple_of(rows.start >> 1, rows.size // 2)
-  return *rest, pl.ds(half, rows.size // 2), columns
-
-
-def _load(ref, index):
-  if ref.dtype != jnp.uint32:
-    return ref[index]
-  return pltpu.bitcast(ref[_pairs(index)], jnp.bfloat16)
-
-
-def _store(ref, index, value):
-  if ref.dtype != jnp.uint32:
-    ref[index] = value.astype(ref.dtype)
-  else:
-    value = value.astype(jnp.bfloat16)
-    ref[_pairs(index)] = pltpu.bitcast(value, jnp.uint32)
 
 
 def _copy(x, out_ref, z):
@@ -288,7 +254,7 @@ def _copy(x, out_ref, z):
   @pl.loop(0, out_ref.shape[1] // strip)
   def _(i):
     rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
-    out_ref[z, rows, :] = _load(x, (0, z, rows, slice(None))).astype(
+    out_ref[z, rows, :] = packed.load(x, (0, z, rows, slice(None))).astype(
       out_ref.dtype
     )
 
@@ -318,7 +284,7 @@ def _normalise(g_ref, x, z):
   @pl.loop(0, m // strip)
   def _(i):
     rows = pl.ds(pl.multiple_of(i * strip, strip), strip)
-    _store(x, (0, z, rows, slice(None)), g_ref[z, rows, :] * scale)
+    packed.store(x, (0, z, rows, slice(None)), g_ref[z, rows, :] * scale)
 
 
 def _identity(n):
