@@ -314,6 +314,64 @@ def generate(
   )
 
 
+def lower(
+  model: state.Model,
+  rows: int,
+  prompt_length: int,
+  *,
+  num_tokens: int,
+  rule: commit_rules.Rule,
+  block_size: int | None = 32,
+  cache: str = "none",
+  refresh_every: int = 8,
+  block_causal: bool | None = None,
+  mask_token: int | None = None,
+  temperature: float = 0.0,
+) -> jax.stages.Lowered:
+  """The loop of `generate` for a ragged model, to be compiled and looked at.
+
+  Args:
+    model: of arrays or of `jax.ShapeDtypeStruct`, here or on devices that are
+      not: nothing is run.
+    rows, prompt_length: B, P; they are filled up to a bucket as ever.
+    num_tokens, rule, block_size, cache, refresh_every, block_causal,
+      mask_token, temperature: as in `generate`.
+  """
+  if not getattr(model, "ragged", False):
+    raise ValueError("lower: this model takes no rows of different length")
+  static = _static(
+    model,
+    rule,
+    block_size,
+    num_tokens,
+    cache,
+    refresh_every,
+    block_causal,
+    None,
+    None,
+  )
+  ends = np.full(rows, prompt_length + num_tokens)
+  plan = _plan(
+    rule,
+    model,
+    (ends - num_tokens, ends - num_tokens, ends),
+    mask_token,
+    temperature,
+    jax.random.key(0),
+    None,
+    [] if mask_token is None else [mask_token],
+    (),
+    None,
+    None,
+  )
+  shape = (rows, bucket(prompt_length + num_tokens))
+  like = [jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, bool)]
+  now = jax.eval_shape(
+    lambda m, t, k, p: _start(m, t, k, p, static), model, *like, plan
+  )
+  return _run.lower(model, now, plan, static, np.int32(2**30))
+
+
 def bucket(size: int, least: int = 64) -> int:
   """The next of 64, 96, 128, 192, 256, 384, ...: at most a third is padding."""
   power = least

@@ -164,7 +164,14 @@ def _refresh(model, call, rows, cache, due, policy, guided):
   shape = jax.eval_shape(some, due)[1]
   found = jnp.zeros((batch, *shape.shape[1:]), shape.dtype)
   more = lambda carry: jnp.any(carry[0])
-  return jax.lax.while_loop(more, body, (due, found, cache))[1:]
+  # The condition around the loop: with one row, all of its body is the same in
+  # every turn, and the compiler would run it even for no turn at all.
+  return jax.lax.cond(
+    jnp.any(due),
+    lambda cache: jax.lax.while_loop(more, body, (due, found, cache))[1:],
+    lambda cache: (found, cache),
+    cache,
+  )
 
 
 def _call(model, rows, positions, cache, policy, mask_token, guidance):

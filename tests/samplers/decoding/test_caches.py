@@ -452,33 +452,16 @@ class ProgramTest(parameterized.TestCase):
       )["params"]
     )
     bound = transformer.bind(config, shapes)
-    static = block_diffusion._static(
-      bound, decoding.threshold(), block, 10, cache, 8, None, None, None
-    )
-    plan = block_diffusion._plan(
-      decoding.threshold(),
+    program = block_diffusion.lower(
       bound,
-      (np.zeros(rows), np.full(rows, 4), np.full(rows, 14)),
-      9,
-      1.0,
-      KEY,
-      None,
-      (9,),
-      (),
-      None,
-      None,
-    )
-    arguments = (
-      bound,
-      jax.ShapeDtypeStruct((rows, 64), jnp.int32),
-      jax.ShapeDtypeStruct((rows, 64), bool),
-      plan,
-    )
-    start = jax.eval_shape(
-      lambda *xs: block_diffusion._start(*xs, static), *arguments
-    )
-    program = block_diffusion._run.lower(
-      bound, start, plan, static, np.int32(9)
+      rows,
+      4,
+      num_tokens=10,
+      block_size=block,
+      rule=decoding.threshold(),
+      cache=cache,
+      mask_token=9,
+      temperature=1.0,
     ).compile()
     text = program.as_text()
     assert text is not None
