@@ -7,7 +7,6 @@ value that the network does not compute is refused.
 """
 
 import dataclasses
-import math
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -342,11 +341,11 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
   if kind is bool:
     ok = type(value) is bool
   elif kind is float:
-    ok = type(value) in (int, float) and math.isfinite(value) and value > 0
+    ok = type(value) in (int, float) and 0 < value < 1e30
   else:
     ok = type(value) is int and 0 < value < 2**31
   if not ok:
-    name = {bool: "true or false", float: "a positive number"}
+    name = {bool: "true or false", float: "a number above 0, below 1e30"}
     raise FolderError(
       f"config.json: {key}={_show(value)} must be "
       f"{name.get(kind, 'a positive integer below 2**31')}"

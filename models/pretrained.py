@@ -90,11 +90,7 @@ def load(
     raise ValueError(f"dtype={dtype!r}: one of {', '.join(_DTYPES)}, or None")
   family, config = families.read(safetensors_folder.read_json(folder / _CONFIG))
   tensors = safetensors_folder.open_tensors(folder)
-  if config.depth > len(tensors):
-    raise FolderError(
-      f"{folder}: {_CONFIG} asks for {config.depth} layers, the files hold "
-      f"{len(tensors)} tensors"
-    )
+  _check_sizes(folder, config, tensors)
   leaves = _leaves(family, config)
   _check(folder, config, family, leaves, tensors)
   kinds = {path: _dtype(leaf, tensors, dtype) for path, leaf in leaves.items()}
@@ -199,6 +195,28 @@ def _flatten(tree: Any) -> dict[str, Any]:
   return cast(dict, traverse_util.flatten_dict(tree, sep="/"))
 
 
+def _check_sizes(
+  folder: pathlib.Path,
+  config: transformer.Config,
+  tensors: dict[str, safetensors_folder.Tensor],
+) -> None:
+  """Refuses absurd sizes before anything of such a size is made."""
+  if config.depth > len(tensors):
+    raise FolderError(
+      f"{folder}: {_CONFIG} asks for {config.depth} layers, the files hold "
+      f"{len(tensors)} tensors"
+    )
+  heads = config.num_heads * config.head_dim
+  rows = config.embedding_size or config.vocab_size
+  asked = max(config.width, config.mlp_width, heads, rows)
+  there = max((n for t in tensors.values() for n in t.shape), default=0)
+  if asked > there:
+    raise FolderError(
+      f"{folder}: {_CONFIG} asks for a side of {asked}, the longest of any "
+      f"tensor is {there}"
+    )
+
+
 def _check(
   folder: pathlib.Path,
   config: transformer.Config,
@@ -280,7 +298,8 @@ def _place(
   mesh: Mesh | None,
 ) -> jax.Array:
   if mesh is None:
-    return jax.device_put(_read(leaf, tensors, dtype, (slice(None),) * 9))
+    everything = tuple(slice(None) for _ in leaf.shape)
+    return jax.device_put(_read(leaf, tensors, dtype, everything))
   place = NamedSharding(mesh, partitioning.spec(path, leaf.shape, mesh))
   parts = {}  # devices along other axes hold the same slice
 
@@ -301,7 +320,7 @@ def _read(
 ) -> np.ndarray:
   """A slice of a parameter, from those slices of its tensors alone."""
   bounds = [
-    slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=False)
+    slice(*s.indices(n)[:2]) for s, n in zip(index, leaf.shape, strict=True)
   ]
   layers = bounds.pop(0) if leaf.stacked else slice(0, 1)
   shape = tuple(s.stop - s.start for s in bounds)

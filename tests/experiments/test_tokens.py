@@ -214,10 +214,10 @@ def test_generate_continues_as_the_published_code_does(tmp_path):
 
 
 def test_generate_fills_blocks_of_a_masked_model(tmp_path):
-  folder = published(tmp_path, "tiny_dream", 60)
+  folder = published(tmp_path, "tiny_dream", 30)
   path = folder / "config.json"
-  # 61 ids have a meaning, 96 have logits
-  raw = json.loads(path.read_text()) | {"mask_token_id": 60}
+  # 31 ids have a meaning, 96 have logits
+  raw = json.loads(path.read_text()) | {"mask_token_id": 30}
   del raw["pad_token_id"]
   path.write_text(json.dumps(raw))
   said = generate(
@@ -227,6 +227,6 @@ def test_generate_fills_blocks_of_a_masked_model(tmp_path):
   calls = int(head.split()[1])
   assert 1 <= calls <= 12 and head.endswith("approximate")
   written = text.removeprefix("t5 t6").split()
-  # The tokenizer would drop what it does not know. Were all 95 ids drawn
-  # alike, 12 known ones in a row had a probability of (60 / 95)^12 = 0.4 %.
-  assert len(written) == 12 and set(written) <= {f"t{i}" for i in range(60)}
+  # The tokenizer drops what it does not know, and of all 96 ids this model
+  # writes some that it does not.
+  assert len(written) == 12 and set(written) <= {f"t{i}" for i in range(30)}
