@@ -54,7 +54,8 @@ def main() -> int:
     for target in targets:
       if _TUNE.value:
         best = kernel_report.tune(name, example, target, logging.info)
-        print(f"{example.name}, {target}: blocks {json.dumps(best)}")
+        if best:  # not all have block sizes
+          print(f"{example.name}, {target}: blocks {json.dumps(best)}")
       for implementation in ("xla", "pallas_tpu"):
         if implementation not in example.implementations:
           continue

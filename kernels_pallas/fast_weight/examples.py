@@ -104,13 +104,15 @@ def candidates(example: Example) -> list[dict[str, int]]:
   operation = example.name.partition(" ")[0]
   if operation not in ("apply", "gradient"):
     return []
-  tiles = {"apply": (256, 512), "gradient": (128, 256)}[operation]
-  hidden = example.operands[0][0].shape[1]
-  rows = {"apply": (128, 256), "gradient": (512, 768)}[operation]
+  if operation == "apply":
+    return [
+      {"tile": tile, "rows": rows, "depth": depth}
+      for tile in (256, 512)
+      for rows in (128, 256)
+      for depth in (128, 1024)
+    ]
   return [
-    {"tile": tile, "rows": most, "depth": depth}
-    for tile in tiles
-    for most in rows
-    for depth in (256, 512)
-    if most <= max(hidden, 512)
+    {"tile": tile, "rows": rows, "depth": depth, "apart": apart}
+    for tile in (128, 256)
+    for rows, depth, apart in ((512, 1024, 0), (768, 256, 1), (512, 256, 1))
   ]

@@ -20,8 +20,8 @@ _PLAIN = (((1,), (0,)), ((), ()))  # a b
 _LANES = 128
 _STRIP = 64  # rows of an elementwise pass, few enough for the registers
 # Without spills on a v6e; other chips' sizes are in tuned/.
-APPLY_BLOCKS = {"tile": 512, "rows": 256, "depth": 512}
-GRADIENT_BLOCKS = {"tile": 256, "rows": 512, "depth": 512}
+APPLY_BLOCKS = {"tile": 512, "rows": 256, "depth": 1024}
+GRADIENT_BLOCKS = {"tile": 256, "rows": 512, "depth": 1024, "apart": 0}
 _VMEM = 60 * 2**20  # bytes: what a v5p has, less than the others
 
 
@@ -140,8 +140,9 @@ def gradient(
     learning_rates: three [N, C, 1], for W0, W1, W2.
     blocks: "tile", tokens of one product, a multiple of 128: the width of the
       matrix unit, 256 from v6e on and 128 before; "rows", most hidden rows
-      of one program, and "depth", most of d in one product, multiples of 128.
-      None is as tuned.
+      of one program, and "depth", most of d in one product, multiples of 128;
+      "apart", 1: the elementwise part is a phase of its own, for wide d, where
+      its registers beside those of a product do not suffice. None is as tuned.
     interpret: runs on a CPU, slowly; for tests.
 
   Returns:
@@ -174,7 +175,12 @@ def gradient(
   operands = (w0, w1, w2, k, v, *rates)
   products = 6 * n * k.shape[1] * h_padded * d_padded
   d0, d1, d2 = pl.pallas_call(
-    functools.partial(_gradient_body, tile=tile, depth=blocks["depth"]),
+    functools.partial(
+      _gradient_body,
+      tile=tile,
+      depth=blocks["depth"],
+      strip=None if blocks["apart"] else _divisor(rows, 256),
+    ),
     grid=(n, h_padded // rows, k.shape[1] // (tile * tiles)),
     in_specs=[up, down, up, token, token, rate, rate, rate],
     out_specs=[up, down, up],
@@ -184,8 +190,12 @@ def gradient(
     scratch_shapes=[
       pltpu.VMEM((3, rows, d_padded), k.dtype),
       pltpu.VMEM((rows, d_padded), jnp.float32),
-      pltpu.VMEM((tiles, 3, rows, tile), jnp.float32),
-      packed.scratch((tiles, 3, rows, tile), k.dtype),
+      pltpu.VMEM((tiles, 3 if blocks["apart"] else 4, rows, tile), jnp.float32),
+      *(
+        [packed.scratch((tiles, 3, rows, tile), k.dtype)]
+        if blocks["apart"]
+        else []
+      ),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -205,8 +215,8 @@ def gradient(
 def _gradient_body(
   w0_ref, w1_ref, w2_ref, k_ref, v_ref, rate0_ref, rate1_ref, rate2_ref,
   d0_ref, d1_ref, d2_ref,
-  weights, d1_transposed, features, weighed,
-  *, tile, depth,
+  weights, d1_transposed, features, *weighed,
+  tile, depth, strip,
 ):  # fmt: skip
   """One block of hidden rows and one of tokens; tokens come innermost.
 
@@ -236,6 +246,30 @@ def _gradient_body(
         s = _dot(weights[j, :, c], x_ref[tokens(i), c], _BETWEEN)
         features[i, j] = features[i, j] + s if c.start else s
 
+  def add(out_ref, r, x, x_ref, i):  # x times tokens
+    for c in parts:
+      out_ref[r, c] += _dot(x, x_ref[tokens(i), c], _PLAIN)
+
+  def write_down(i):  # D1; a and silu'(g) for the others
+    def part(j):
+      r = pl.ds(pl.multiple_of(j * strip, strip), strip)
+      g = features[i, 0, r]
+      s = jax.nn.sigmoid(g)
+      a = g * s
+      features[i, 0, r] = a
+      features[i, 3, r] = s * (1 + g - a)
+      x = (rate1_ref[i] * (a * features[i, 1, r])).astype(dtype)
+      add(d1_transposed, r, x, v_ref, i)
+
+    _loop(rows // strip, part)
+
+  def write_up(i):  # D0, D2
+    a, u, p, slope = (features[i, j] for j in range(4))
+    x = (rate2_ref[i] * (p * a)).astype(dtype)
+    add(d2_ref, slice(None), x, k_ref, i)
+    x = (rate0_ref[i] * (p * (u * slope))).astype(dtype)
+    add(d0_ref, slice(None), x, k_ref, i)
+
   def weigh(i):  # what meets the tokens in D0, D1, D2
     def part(j):
       r = pl.ds(pl.multiple_of(j * _STRIP, _STRIP), _STRIP)
@@ -244,10 +278,10 @@ def _gradient_body(
       a = g * s
       slope = s * (1 + g - a)
       packed.store(
-        weighed, (i, 0, r, slice(None)), rate0_ref[i] * (p * (u * slope))
+        weighed[0], (i, 0, r, slice(None)), rate0_ref[i] * (p * (u * slope))
       )
-      packed.store(weighed, (i, 1, r, slice(None)), rate1_ref[i] * (a * u))
-      packed.store(weighed, (i, 2, r, slice(None)), rate2_ref[i] * (p * a))
+      packed.store(weighed[0], (i, 1, r, slice(None)), rate1_ref[i] * (a * u))
+      packed.store(weighed[0], (i, 2, r, slice(None)), rate2_ref[i] * (p * a))
 
     _loop(rows // _STRIP, part)
 
@@ -255,10 +289,11 @@ def _gradient_body(
     written = ((d0_ref, k_ref), (d1_transposed, v_ref), (d2_ref, k_ref))
     for j, (out, x_ref) in enumerate(written):
       for c in parts:
-        x = packed.load(weighed, (i, j, slice(0, rows), slice(None)))
+        x = packed.load(weighed[0], (i, j, slice(0, rows), slice(None)))
         out[:, c] += _dot(x, x_ref[tokens(i), c], _PLAIN)
 
-  for phase in (project, weigh, write):
+  together, apart = (write_down, write_up), (weigh, write)
+  for phase in (project, *(together if strip else apart)):
     _loop(tiles, phase)
 
   @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)

@@ -27,7 +27,7 @@ SMALL = {"tile": 128, "rows": 128, "depth": 128}  # several at small sizes
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
   monkeypatch.setattr(tpu, "APPLY_BLOCKS", SMALL)
-  monkeypatch.setattr(tpu, "GRADIENT_BLOCKS", SMALL)
+  monkeypatch.setattr(tpu, "GRADIENT_BLOCKS", {**SMALL, "apart": 0})
 
 
 def problem(n, length, d, h, dtype, seed=0):
@@ -185,7 +185,9 @@ def test_backward_of_the_gradient_against_the_authors():
     (1, 300, 256, 256, "bfloat16"),  # tokens end inside a tile, d in two
   ],
 )
-def test_gradient_kernel(n, length, d, h, dtype):
+@pytest.mark.parametrize("apart", [0, 1])
+def test_gradient_kernel(n, length, d, h, dtype, apart, monkeypatch):
+  monkeypatch.setitem(tpu.GRADIENT_BLOCKS, "apart", apart)
   harness.assert_parity(
     interpreted(fast_weight.gradient),
     reference.gradient,
@@ -327,7 +329,9 @@ def test_kernel_under_scan_and_checkpoint():
 def test_no_race_no_bound_nothing_unset(kernel):
   weights, k, v, rates = problem(2, 130, 128, 256, "bfloat16")
   if kernel == "gradient":
-    harness.run_checked(tpu.gradient, weights, k, v, rates)
+    for apart in (0, 1):
+      run = functools.partial(tpu.gradient, blocks={**SMALL, "apart": apart})
+      harness.run_checked(run, weights, k, v, rates)
   elif kernel == "apply":
     harness.run_checked(tpu.apply, weights, k)
   else:
@@ -377,6 +381,14 @@ def test_no_spill_and_no_slower_than_recorded(operation, target, most):
   found = kernel_report.estimate("fast_weight", case, target, "pallas_tpu")
   assert [kernel["spills"] for kernel in found["kernels"]] == [0]
   assert found["microseconds"] <= most
+
+
+@pytest.mark.slow
+def test_wide_gradient_does_not_spill_on_v6e(monkeypatch):
+  monkeypatch.undo()
+  (case,) = kernel_report.examples("fast_weight", "gradient language model 3B")
+  report = harness.assert_within_record("fast_weight", case, "v6e")
+  assert not sum(kernel["spills"] for kernel in report["kernels"])
 
 
 def test_float64_and_small_sizes_stay_with_xla():
