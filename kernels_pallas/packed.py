@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 def scratch(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Any:
   """VMEM for matrices [..., rows, columns]; float32 lies as ever."""
   if dtype == jnp.float32:
-    return pltpu.VMEM(shape, dtype)
+    return pltpu.VMEM(shape, jnp.dtype(dtype))
   return pltpu.VMEM((*shape[:-2], shape[-2] // 2, shape[-1]), jnp.uint32)
 
 

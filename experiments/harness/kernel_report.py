@@ -39,7 +39,8 @@ ISSUE = {"v5e": 16, "v5p": 16, "v6e": 8}
 CORES = {"v5e": 1, "v5p": 2, "v6e": 1}
 
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_CALL = re.compile(r'%([\w.-]+) = .*custom_call_target="tpu_custom_call"')
+_CALL = re.compile(r'%([\w.-]+) = (.*)custom_call_target="tpu_custom_call"')
+_OPERAND = re.compile(r"%[\w.-]+")
 _VMEM = re.compile(r"^ *#\w+ \[.*?space=vmem, size = (0x[0-9a-f]+)", re.M)
 _CHILD = """
 import sys, types
@@ -206,7 +207,7 @@ def describe(
   chip = chips.CHIPS[target]
   cycles = [int(n) for n in _CYCLES.findall(compiled["text"])]
   calls = [
-    _kernel(dump, call, target) for call in _CALL.findall(compiled["text"])
+    _kernel(dump, call, target) for call in _dumped(dump, compiled["text"])
   ]
   seconds = (sum(cycles) + sum(k["cycles"] for k in calls)) / chip.clock
   memory = compiled["memory"]
@@ -273,6 +274,20 @@ def tune(
     known.setdefault(kernel, {})[call] = best
   path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
   return best
+
+
+def _dumped(dump: pathlib.Path, text: str) -> list[str]:
+  """Per custom call the one whose files stand for it: of calls of one kernel
+  at the same shapes the compiler writes the first that it meets."""
+  own = re.compile(r"-([\w.-]+?)-\d+-final_bundles\.txt$")
+  files = {m[1] for f in dump.iterdir() if (m := own.search(f.name))}
+  kinds = {
+    name: (name.rpartition(".")[0], _OPERAND.sub("", line))
+    for name, line in _CALL.findall(text)
+  }
+  has = lambda name: any(f == name or f.endswith(f"-{name}") for f in files)
+  twins = {kind: name for name, kind in kinds.items() if has(name)}
+  return [n if has(n) else twins.get(kind, n) for n, kind in kinds.items()]
 
 
 def _kernel(dump: pathlib.Path, call: str, target: str) -> dict[str, Any]:

@@ -87,16 +87,22 @@ def muon_step(weights, norms, momentum, k, v, q, rates, *, implementation=None):
   Returns:
     f_W(q) [N, C, d], W and M.
   """
-  choose = {"implementation": implementation}
-  step = operations.gradient(weights, k, v, rates, **choose)
+  step = operations.gradient(
+    weights, k, v, rates, implementation=implementation
+  )
   mu, buffers = momentum
   buffers = jax.tree.map(lambda d, m: d + mu * m, step, buffers)
   d0, d1, d2 = buffers
   o0, o1, o2 = newton_schulz(
-    jnp.stack([d0, d1.mT, d2]), dtype=jnp.bfloat16, **choose
+    jnp.stack([d0, d1.mT, d2]),
+    dtype=jnp.bfloat16,
+    implementation=implementation,
   )
-  weights, _, _ = operations.update(weights, (o0, o1.mT, o2), norms, **choose)
-  return operations.apply(weights, q, **choose), weights, buffers
+  weights, _, _ = operations.update(
+    weights, (o0, o1.mT, o2), norms, implementation=implementation
+  )
+  read = operations.apply(weights, q, implementation=implementation)
+  return read, weights, buffers
 
 
 def candidates(example: Example) -> list[dict[str, int]]:
