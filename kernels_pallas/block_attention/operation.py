@@ -3,7 +3,7 @@
 import jax
 
 from giantsteps.kernels_pallas import dispatch
-from giantsteps.kernels_pallas.block_attention import reference
+from giantsteps.kernels_pallas.block_attention import reference, tpu
 
 
 def block_attention(
@@ -50,5 +50,6 @@ def block_attention(
     v,
     limits,
     xla=reference.block_attention,
+    pallas_tpu=tpu.attention if tpu.fits(q, k) else None,
     implementation=implementation,
   )

@@ -25,7 +25,11 @@ def gumbel(seed: jax.Array, token: jax.Array) -> jax.Array:
   Returns:
     float32, finite.
   """
-  bits = hash_bits(seed[..., 0], seed[..., 1], token)
+  return of_bits(hash_bits(seed[..., 0], seed[..., 1], token))
+
+
+def of_bits(bits: jax.Array) -> jax.Array:
+  """Gumbel noise, float32, of 32 uniform bits."""
   # 32 bits do not fit into float32: their halves do, and small sums are exact
   high = (bits >> 16).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-16)
   low = (bits & 0xFFFF).astype(jnp.int32).astype(jnp.float32)

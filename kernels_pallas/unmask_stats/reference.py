@@ -57,23 +57,45 @@ def unmask_stats(
   seeds: jax.Array | None,
   tile: int = TILE,
 ) -> Stats:
-  """`unmask_stats`, one tile of the vocabulary after the other.
+  """`unmask_stats`, one tile of the vocabulary after the other."""
+  return finish(partial(hidden, head, bias, temperature, seeds, tile=tile))
 
-  Holds [T, tile] logits at a time.
+
+def partial(
+  hidden: jax.Array,
+  head: jax.Array,
+  bias: jax.Array | None,
+  temperature: jax.Array | None,
+  seeds: jax.Array | None,
+  offset: jax.Array | None = None,
+  *,
+  transposed: bool = False,
+  tile: int = TILE,
+) -> Partial:
+  """Of all columns of the head; holds [T, tile] logits at a time.
+
+  Args:
+    hidden, head, bias, temperature, seeds: as of `unmask_stats`.
+    offset: [] int32, the token of column 0; None is 0.
+    transposed: the head is [V, D].
+    tile: columns per turn of the loop.
   """
-  size = head.shape[1]
+  axis = 0 if transposed else 1
+  size = head.shape[axis]
   tile = min(tile, size)
   column = jnp.arange(tile, dtype=jnp.int32)
 
   def part(start, fresh):
     """Columns start .. start + tile, those before `fresh` left out."""
-    columns = jax.lax.dynamic_slice_in_dim(head, start, tile, 1)
-    logits = project(hidden, columns)
+    columns = jax.lax.dynamic_slice_in_dim(head, start, tile, axis)
+    logits = project(hidden, columns.T if transposed else columns)
     if bias is not None:
       these = jax.lax.dynamic_slice_in_dim(bias, start, tile, 0)
       logits += these.astype(logits.dtype)[None]
     token = start + column
     logits = jnp.where((token >= fresh)[None], logits, -jnp.inf)
+    if offset is not None:
+      token += offset
     noised = logits
     if temperature is not None:
       assert seeds is not None
@@ -83,13 +105,13 @@ def unmask_stats(
 
   count = -(-size // tile)
   if count == 1:
-    return finish(part(0, 0))
+    return part(0, 0)
 
   def add(i, found):
     start = jnp.minimum(i * tile, size - tile)  # the last one overlaps
     return merge(found, part(start, i * tile))
 
-  return finish(jax.lax.fori_loop(1, count, add, part(0, 0)))
+  return jax.lax.fori_loop(1, count, add, part(0, 0))
 
 
 def gumbel(seeds: jax.Array, size: int) -> jax.Array:

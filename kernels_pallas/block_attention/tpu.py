@@ -1,0 +1,223 @@
+"""TPU body of attention up to a limit: one pass over the cache, online softmax.
+
+A tile of slots is read once for all groups; scores stay on chip, and tiles
+that no query of a row sees are neither read nor multiplied.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from giantsteps.kernels_pallas import dispatch, tuning
+
+_LANES = 128
+_VMEM = 56 * 2**20  # bytes: a TPU v5p has 64 MiB
+# Slots of a tile, and most rows of a group's matrix (queries times heads).
+BLOCKS = {"slots": 512, "rows": 256}
+_HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # score of a slot not seen
+
+
+def fits(q: jax.Array, k: jax.Array) -> bool:
+  """Whether the kernel computes this call: bfloat16 and float32."""
+  return (
+    q.dtype == k.dtype
+    and q.dtype.name in ("bfloat16", "float32")
+    and q.size > 0
+    and k.size > 0
+  )
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  limits: jax.Array,
+  *,
+  blocks: tuning.Blocks | None = None,
+  interpret: Any = False,
+) -> jax.Array:
+  """`reference.block_attention` in one kernel.
+
+  Args:
+    q, k, v, limits: as of `block_attention`, all bfloat16 or all float32.
+    blocks: see `BLOCKS`; None is as tuned.
+    interpret: runs on a CPU, slowly; for tests.
+
+  Returns:
+    [B, T, H, K] in q.dtype.
+  """
+  batch, length, heads, width = q.shape
+  slots, groups = k.shape[1:3]
+  each = heads // groups
+  call = f"{each * length}x{groups}x{width} {q.dtype}"
+  sizes = blocks or tuning.blocks("block_attention", call, BLOCKS)
+  tile = min(sizes["slots"], -(-slots // _LANES) * _LANES)
+  tiles = pl.cdiv(slots, tile)
+  # Queries of a group are rows of one matrix, a query's heads side by side.
+  total = length * each
+  programs = pl.cdiv(total, sizes["rows"])
+  rows = -(-pl.cdiv(total, programs) // 16) * 16
+  padding = programs * rows - total
+  q = jnp.moveaxis(q.reshape(batch, length, groups, each, width), 2, 1)
+  q = q.reshape(batch, groups, total, width)
+  q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+  limits = jnp.repeat(jnp.clip(limits, 0, slots), each, axis=1)
+  limits = jnp.pad(limits, ((0, 0), (0, padding))).astype(jnp.int32)
+  most = jnp.max(limits.reshape(batch, programs, rows), axis=2)
+  needed = jnp.maximum((most + tile - 1) // tile, 1)  # tiles
+
+  def of_queries(b, i, j, needed):
+    return b, 0, i, 0
+
+  def of_slots(b, i, j, needed):
+    return b, jnp.minimum(j, needed[b, i] - 1), 0, 0
+
+  operands = (needed, q, k, v, limits[..., None])
+  queries = pl.BlockSpec((None, groups, rows, width), of_queries)
+  cache = pl.BlockSpec((1, tile, groups, width), of_slots)
+  scores = 2 * batch * heads * length * slots * width
+  out = pl.pallas_call(
+    functools.partial(_body, scale=width**-0.5, slots=slots),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=1,
+      grid=(batch, programs, tiles),
+      in_specs=[
+        queries,
+        cache,
+        cache,
+        pl.BlockSpec((None, rows, 1), lambda b, i, j, needed: (b, i, 0)),
+      ],
+      out_specs=queries,
+      scratch_shapes=[
+        pltpu.VMEM((groups, tile, width), k.dtype),
+        pltpu.VMEM((groups, tile, width), k.dtype),
+        pltpu.VMEM((2, rows, tile), jnp.float32),
+        pltpu.VMEM((2, rows, tile), v.dtype),
+        pltpu.VMEM((groups, rows, width), jnp.float32),
+        pltpu.VMEM((groups, rows, _LANES), jnp.float32),
+        pltpu.VMEM((groups, rows, _LANES), jnp.float32),
+        pltpu.VMEM((2, rows, _LANES), jnp.float32),
+      ],
+    ),
+    out_shape=dispatch.result(q.shape, q.dtype, operands),
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      vmem_limit_bytes=_VMEM,
+    ),
+    cost_estimate=pl.CostEstimate(
+      flops=2 * scores,
+      transcendentals=scores // (2 * width),
+      bytes_accessed=programs * (k.nbytes + v.nbytes) + 2 * q.nbytes,
+    ),
+    interpret=interpret,
+    name="block_attention",
+  )(*operands)
+  out = out[:, :, :total].reshape(batch, groups, length, each, width)
+  return jnp.moveaxis(out, 1, 2).reshape(batch, length, heads, width)
+
+
+def _body(
+  needed_ref, q_ref, k_ref, v_ref, limits_ref, out_ref,
+  keys, values, scores, weights, total, peak, mass, shrink,
+  *, scale, slots,
+):  # fmt: skip
+  """One tile of slots for some queries of one row of the batch.
+
+  peak [G, R, lanes] is the highest score, the same in every lane; mass the sum
+  of weights of the slots of a lane.
+  """
+  groups, rows, width = total.shape
+  factor = np.float32(scale / np.log(2))
+  tile = keys.shape[1]
+  step = pl.program_id(2)
+
+  @pl.when(step == 0)
+  def _():
+    total[...] = jnp.zeros_like(total)
+    mass[...] = jnp.zeros_like(mass)
+    peak[...] = jnp.full_like(peak, _HIDDEN)
+
+  def score(g):
+    keys[g] = _group(k_ref, g)
+    scores[g % 2] = _dot(q_ref[g], keys[g], (((1,), (1,)), ((), ())))
+
+  def soften(g):
+    for i in range(0, rows, 16):
+      r = slice(i, i + 16)
+      limit = limits_ref[r] - step * tile
+      seen = jax.lax.broadcasted_iota(jnp.int32, (16, tile), 1) < limit
+      s = jnp.where(seen, scores[g % 2, r], _HIDDEN)
+      before = peak[g, r]
+      now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
+      fall = jnp.exp2((before - now) * factor)
+      p = jnp.exp2((s - _wide(now, tile)) * factor)
+      parts = [p[:, c : c + _LANES] for c in range(0, tile, _LANES)]
+      mass[g, r] = fall * mass[g, r] + functools.reduce(jnp.add, parts)
+      weights[g % 2, r] = p.astype(weights.dtype)
+      peak[g, r] = now
+      shrink[g % 2, r] = fall
+
+  def read(g):
+    x = _group(v_ref, g)
+    if slots % tile:  # what lies behind the cache may be NaN
+      slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+      x = jnp.where(slot < slots - step * tile, x, jnp.zeros_like(x))
+    values[g] = x
+    found = _dot(weights[g % 2], values[g], (((1,), (0,)), ((), ())))
+    total[g] = _wide(shrink[g % 2], width) * total[g] + found
+
+  @pl.when(step < needed_ref[pl.program_id(0), pl.program_id(1)])
+  def _():
+    score(0)
+    for g in range(groups):
+      if g + 1 < groups:
+        score(g + 1)
+      soften(g)
+      read(g)
+
+  @pl.when(step == pl.num_programs(2) - 1)
+  def _():
+    for g in range(groups):
+      whole = jnp.sum(mass[g], axis=1, keepdims=True)
+      out_ref[g] = (total[g] / whole).astype(out_ref.dtype)
+
+
+def _group(ref, g):
+  """[1, S, G, K] -> [S, K] of a group.
+
+  Two groups of bfloat16 share 32-bit words, which are read with a stride.
+  """
+  _, slots, groups, width = ref.shape
+  if groups == 1:
+    return ref[0, :, 0]
+  if ref.dtype == jnp.float32:
+    return ref.reshape(slots * groups, width)[pl.ds(g, slots, stride=groups)]
+  if groups % 2:
+    return ref[0, :, g]
+  words = ref.bitcast(jnp.uint32).reshape(slots * groups // 2, width)
+  x = words[pl.ds(g // 2, slots, stride=groups // 2)]
+  x = x & np.uint32(0xFFFF0000) if g % 2 else x << 16
+  return pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16)
+
+
+def _wide(x, size):
+  """[R, lanes], all lanes the same -> [R, size]."""
+  if size <= x.shape[1]:
+    return x[:, :size]
+  return jnp.concatenate([x] * (size // x.shape[1]), axis=1)
+
+
+def _dot(a, b, contract):
+  exact = a.dtype == jnp.float32
+  return jax.lax.dot_general(
+    a,
+    b,
+    contract,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
+  )
