@@ -3,6 +3,7 @@
   python -m giantsteps.experiments.benchmark --suite samplers
   python -m giantsteps.experiments.benchmark --suite large_batch
   python -m giantsteps.experiments.benchmark --suite lact --official CHECKOUT
+  python -m giantsteps.experiments.benchmark --suite decoding
   python -m giantsteps.experiments.benchmark --suite recall --seeds 3
   python -m giantsteps.experiments.benchmark --suite long_text --seeds 3
   python -m giantsteps.experiments.benchmark --suite digits --workdir runs/digits
@@ -18,8 +19,9 @@ collectives of a training step compiled for sixteen TPU chips. lact: tokens per
 second of LaCT's operator by size of its chunks, on this machine, beside the
 authors' under torch.compile where a checkout of their repository is given
 (--official; on a CPU their compilation takes minutes, TORCHDYNAMO_DISABLE=1 in
-the environment leaves it out), and what bfloat16 does to its gradients. recall: trains
-LaCT with each inner optimizer to remember pairs, loss by position beside that
+the environment leaves it out), and what bfloat16 does to its gradients. decoding: a
+LLaDA-shaped model of random weights, every cache beside the loop of full
+passes and full logits, 1 and 8 requests. recall: trains LaCT with each inner optimizer to remember pairs, loss by position beside that
 of a perfect memory. long_text: trains LaCT, window attention and full attention
 of equal cost on source code, loss by position. digits: Frechet
 distance against the held-out half with floor and control, and distance to the
@@ -44,6 +46,7 @@ from absl import flags, logging
 from giantsteps.experiments.harness import (
   cli,
   data,
+  decoding_speed,
   diffusers_peers,
   digits_quality,
   lact_precision,
@@ -71,7 +74,7 @@ _SUITE = flags.DEFINE_enum(
   "suite",
   None,
   [
-    *("samplers", "large_batch", "lact", "recall", "long_text"),
+    *("samplers", "large_batch", "lact", "decoding", "recall", "long_text"),
     *("digits", "text", "views"),
   ],
   "What is measured.",
@@ -86,7 +89,8 @@ _WORKDIR = flags.DEFINE_string(
 _ROUNDS = flags.DEFINE_integer(
   "rounds",
   None,
-  "Of the timings; samplers: 9, 0 for none; large_batch: 30; lact: 5.",
+  "Of the timings; samplers: 9, 0 for none; large_batch: 30; lact: 5; "
+  "decoding: 5.",
   lower_bound=0,
 )
 _OFFICIAL = flags.DEFINE_string(
@@ -118,7 +122,12 @@ _SCENES = flags.DEFINE_integer(
 def main() -> int:
   """Runs the suite of the flags."""
   start = time.time()
-  untrained = {"samplers": samplers, "large_batch": updates, "lact": operator}
+  untrained = {
+    "samplers": samplers,
+    "large_batch": updates,
+    "lact": operator,
+    "decoding": decoders,
+  }
   if _SUITE.value in untrained:
     workdir = pathlib.Path(_WORKDIR.value or "runs/benchmark")
     result = untrained[_SUITE.value](workdir)
@@ -231,12 +240,38 @@ def operator(workdir: pathlib.Path) -> dict:
   return {"speed": speed, "precision": precision}
 
 
+def decoders(workdir: pathlib.Path) -> dict:
+  """Milliseconds per token of every cache beside the plain loop."""
+  _make(workdir)
+  rounds = 5 if _ROUNDS.value is None else max(1, _ROUNDS.value)
+  rows = []
+  print(
+    f"{decoding_speed.ANSWER} tokens after {decoding_speed.PROMPT}, blocks of "
+    f"{decoding_speed.BLOCK}, one token per step; median [lowest, highest] of "
+    f"{rounds} rounds"
+  )
+  for batch in (1, 8):
+    for row in decoding_speed.measure(rows=batch, rounds=rounds):
+      rows.append(row)
+      times = row["times_faster"]
+      print(
+        f"B={batch} {row['name']:25s} {row['milliseconds_per_token']:7.2f} ms "
+        f"per token, {np.median(times):5.2f} [{min(times):.2f}, "
+        f"{max(times):.2f}] times faster, temporaries "
+        f"{row['temporaries'] / 1e6:6.1f} MB, tokens equal "
+        f"{row['tokens_equal_to_the_plain_loop']:.3f}"
+      )
+  return {"rounds": rounds, "rows": rows}
+
+
 def memory(workdir: pathlib.Path) -> dict:
   """Trains the study's models; prints and draws the loss by position."""
   study = getattr(memory_studies, _SUITE.value)
   configs = study(_SET.value)
   first = next(iter(configs.values()))
   bucket = first.model.chunk_size
+  if _SUITE.value == "long_text":
+    bucket = 4 * first.model.window
   rows = memory_studies.run(
     configs, workdir, _SEEDS.value, bucket, logging.info
   )
@@ -260,6 +295,9 @@ def memory(workdir: pathlib.Path) -> dict:
   print(f"nats per token, averages over {bucket} positions, mean of the seeds")
   for name, nats in lines.items():
     print(f"{name:18s} " + " ".join(f"{x:6.3f}" for x in nats))
+  if _SUITE.value == "long_text":
+    for line in memory_studies.gains(rows):
+      print(line)
   return result
 
 

@@ -34,6 +34,7 @@ from giantsteps.models import (
   transformer,
 )
 from giantsteps.samplers import decoding
+from giantsteps.samplers.decoding import kv_cache
 
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of a training run of a language model."
@@ -67,14 +68,48 @@ _TOKENS = flags.DEFINE_integer(
 _BLOCK = flags.DEFINE_integer(
   "block_size", 32, "Masked models: tokens per block.", lower_bound=1
 )
+# What each rule does with --threshold, and its value where none is given.
+_RULES = {
+  "threshold": (decoding.threshold, 0.9),
+  "entropy": (decoding.entropy_threshold, 0.5),
+  "factor": (decoding.factor, 1.0),
+  "hierarchical": (decoding.hierarchical, 0.9),
+  "credit": (decoding.credit, 0.9),
+  "smoothing": (decoding.smoothing, 0.9),
+  "editing": (decoding.editing, 0.5),
+}
 _RULE = flags.DEFINE_enum(
   "rule",
   "threshold",
-  ["threshold", "one_per_step"],
+  [*_RULES, "one_per_step"],
   "Masked models: which tokens become final after a forward pass.",
 )
 _THRESHOLD = flags.DEFINE_float(
-  "threshold", 0.9, "Confidence that commits.", lower_bound=0.0
+  "threshold",
+  None,
+  "Number of the rule: the confidence, entropy or factor that commits. By "
+  "default "
+  + ", ".join(f"{name} {value}" for name, (_, value) in _RULES.items())
+  + ".",
+  lower_bound=0.0,
+)
+_CACHE = flags.DEFINE_enum(
+  "cache",
+  None,
+  list(kv_cache.NAMES),
+  "Keys and values that are kept. By default what is exact: block for "
+  "transformers that predict the next token, else none; prefix and dual are "
+  "fast and approximate.",
+)
+_REFRESH = flags.DEFINE_integer(
+  "refresh_every", 8, "Of --cache refresh, in forward passes.", lower_bound=1
+)
+_SHOW = flags.DEFINE_integer(
+  "show_every",
+  0,
+  "Prints the first text after every so many passes, unknown tokens as dots; "
+  "0 is never.",
+  lower_bound=0,
 )
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.0, "0 is greedy.", lower_bound=0.0
@@ -119,8 +154,13 @@ def main() -> int:
     block_size=min(_BLOCK.value, _TOKENS.value),
     rule=_rule(source.causal),
     mask_token=None if source.causal else source.tokens.mask,
+    cache=_cache(source),
+    refresh_every=_REFRESH.value,
+    eos_token=source.tokens.eos or None,
     temperature=_TEMPERATURE.value,
     key=jax.random.key(_SEED.value),
+    callback=_show(source, int(lengths[0])) if _SHOW.value else None,
+    every=_SHOW.value or 1,
   )
   answers, nfe = np.asarray(result.answers), np.asarray(result.nfe)
   for prompt, answer, calls in zip(_PROMPT.value, answers, nfe, strict=True):
@@ -207,9 +247,33 @@ def _published(folder: str) -> _Source:
 def _rule(causal: bool):
   if causal:
     return decoding.autoregressive()
-  if _RULE.value == "threshold":
-    return decoding.threshold(_THRESHOLD.value)
-  return decoding.top_n(_TOKENS.value)
+  if _RULE.value == "one_per_step":
+    return decoding.top_n(_TOKENS.value)
+  make, value = _RULES[_RULE.value]
+  return make(value if _THRESHOLD.value is None else _THRESHOLD.value)
+
+
+def _cache(source: _Source) -> str:
+  if _CACHE.value is not None:
+    return _CACHE.value
+  return "block" if source.causal and source.model.ragged else "none"
+
+
+def _show(source: _Source, start: int):
+  """Prints what is known of the first row's answer, runs of tokens apart."""
+
+  def show(seen: decoding.Partial) -> None:
+    answer = slice(start, start + _TOKENS.value)
+    tokens, masked = seen.tokens[0, answer], seen.masked[0, answer]
+    edges = np.flatnonzero(np.diff(masked)) + 1
+    parts = zip(np.split(tokens, edges), np.split(masked, edges), strict=True)
+    text = "".join(
+      "\N{MIDDLE DOT}" * len(run) if unknown[0] else source.tokens.decode(run)
+      for run, unknown in parts
+    )
+    print(f"{int(seen.nfe[0]):4d} {text!r}", flush=True)
+
+  return show
 
 
 def _pad(

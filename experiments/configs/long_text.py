@@ -1,4 +1,4 @@
-"""Causal LaCT on 1,024 bytes of source code at a time, its attention sees 64."""
+"""Causal LaCT on 256 bytes of source code at a time, its attention sees 8."""
 
 from giantsteps.experiments.harness import config
 from giantsteps.models import lact
@@ -10,22 +10,22 @@ def get_config() -> config.Config:
     task="autoregressive",
     model=lact.Config(
       vocab_size=256,
-      width=128,
-      depth=3,
+      width=64,
+      depth=2,
       num_heads=2,
-      fast_heads=2,
-      mlp_width=512,
+      fast_heads=1,
+      mlp_width=256,
       causal=True,
-      window=64,
-      chunk_size=64,
+      window=8,
+      chunk_size=8,
       muon=False,
       momentum=True,
       rate=1e-2,
       qk_norm=True,
       short_conv=4,
-      unroll=3,
+      unroll=2,
     ),
-    data=config.Data(source="stdlib", seq_len=1_024),
+    data=config.Data(source="stdlib", seq_len=256),
     optim=config.Optim(
       name="muon",
       learning_rate=0.02,
@@ -35,11 +35,11 @@ def get_config() -> config.Config:
       schedule="linear",
       warmup=50,
     ),
-    steps=400,
-    batch_size=4,
+    steps=1_500,
+    batch_size=32,
     steps_per_dispatch=10,
     ema_decay=0.99,
     log_every=20,
-    eval_every=200,
-    checkpoint_every=200,
+    eval_every=1_500,
+    checkpoint_every=1_500,
   )

@@ -193,3 +193,19 @@ def summary(rows: list[dict]) -> list[dict]:
       }
     )
   return out
+
+
+def gains(rows: list[dict]) -> list[str]:
+  """What LaCT is ahead of the others after the first bucket, seed by seed."""
+  late = {(r["name"], r["seed"]): float(np.mean(r["nats"][1:])) for r in rows}
+  lines = []
+  for name in dict.fromkeys(row["name"] for row in rows):
+    seeds = [seed for other, seed in late if other == name != "LaCT"]
+    ahead = [late[name, seed] - late["LaCT", seed] for seed in seeds]
+    if ahead:
+      each = ", ".join(f"{x:+.4f}" for x in ahead)
+      lines.append(
+        f"LaCT is ahead of {name} by {np.mean(ahead):+.4f} nats beyond the "
+        f"first bucket (seeds: {each})"
+      )
+  return lines

@@ -58,17 +58,21 @@ def _of_a_layer(name, batch, length, d, h) -> list[Example]:
       (weights, weights, norms, momentum),
       8 * elements,
     ),
-    Example(
-      f"muon step {name}",
-      muon_step,
-      (weights, norms, momentum, tokens, tokens, tokens, rates),
-      9 * product + 15.0 * batch * (4 * d * h * min(d, h) + 2 * min(d, h) ** 3),
+    *(
+      Example(
+        f"muon step {kind}{name}",
+        muon_step,
+        (weights, norms, buffers, tokens, tokens, tokens, rates),
+        9 * product
+        + 15.0 * batch * (4 * d * h * min(d, h) + 2 * min(d, h) ** 3),
+      )
+      for kind, buffers in (("", None), ("with momentum ", momentum))
     ),
   ]
 
 
 def muon_step(weights, norms, momentum, k, v, q, rates, *, implementation=None):
-  """One chunk of LaCT with Muon and momentum: what it reads and the new state.
+  """One chunk of LaCT with Muon: what it reads and the new state.
 
   Gradient, M = D + mu M, five Newton-Schulz steps in bfloat16 of the three
   matrices at once, W + NS(M) with rows of the old lengths, f_W(q): the
@@ -79,20 +83,21 @@ def muon_step(weights, norms, momentum, k, v, q, rates, *, implementation=None):
   Args:
     weights: W0 [N, h, d], W1 [N, d, h], W2 [N, h, d] float32.
     norms: lengths of their rows, [N, rows, 1].
-    momentum: mu [N, 1, 1] and the buffers M.
+    momentum: mu [N, 1, 1] and the buffers M; None: M = D.
     k, v, q: [N, C, d] bfloat16.
     rates: three [N, C, 1] float32.
     implementation: of all four operations.
 
   Returns:
-    f_W(q) [N, C, d], W and M.
+    f_W(q) [N, C, d], W and M, without momentum None.
   """
   step = operations.gradient(
     weights, k, v, rates, implementation=implementation
   )
-  mu, buffers = momentum
-  buffers = jax.tree.map(lambda d, m: d + mu * m, step, buffers)
-  d0, d1, d2 = buffers
+  if momentum is not None:
+    mu, buffers = momentum
+    step = jax.tree.map(lambda d, m: d + mu * m, step, buffers)
+  d0, d1, d2 = step
   o0, o1, o2 = newton_schulz(
     jnp.stack([d0, d1.mT, d2]),
     dtype=jnp.bfloat16,
@@ -102,7 +107,7 @@ def muon_step(weights, norms, momentum, k, v, q, rates, *, implementation=None):
     weights, (o0, o1.mT, o2), norms, implementation=implementation
   )
   read = operations.apply(weights, q, implementation=implementation)
-  return read, weights, buffers
+  return read, weights, None if momentum is None else step
 
 
 def candidates(example: Example) -> list[dict[str, int]]:

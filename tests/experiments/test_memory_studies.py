@@ -57,7 +57,7 @@ def test_budgets_are_equal():
   assert max(costs) < 1.02 * min(costs)
   kinds = [type(cfg.model) for cfg in configs.values()]
   assert kinds == [lact.Config, transformer.Config, transformer.Config]
-  assert [cfg.model.window for cfg in configs.values()] == [64, 64, None]
+  assert [cfg.model.window for cfg in configs.values()] == [8, 8, None]
 
 
 def test_a_budget_below_attention_is_refused():
