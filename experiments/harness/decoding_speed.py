@@ -57,7 +57,7 @@ def measure(
   params = transformer.Transformer(config).init(
     jax.random.key(0), jnp.zeros((1, 8), jnp.int32)
   )["params"]
-  bound = transformer.bind(config, params)
+  bound = transformer.bind(config, dict(params))
   mask = config.vocab_size - 1
   rng = np.random.default_rng(0)
   prompts = rng.integers(mask, size=(rows, prompt)).astype(np.int32)

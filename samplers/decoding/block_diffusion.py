@@ -278,9 +278,10 @@ def generate(
   def follow(rows, columns):
     if callback is None:
       return None
-    return lambda seen: callback(
+    own, tell = slice(0, len(rows)), callback
+    return lambda seen: tell(
       Partial(
-        *(x[: len(rows), :columns] for x in seen[:2]), seen.nfe[: len(rows)]
+        seen.tokens[own, :columns], seen.masked[own, :columns], seen.nfe[own]
       )
     )
 
@@ -544,7 +545,7 @@ def _take_rows(
     ),
     first=one(plan.first),
     given=one(plan.given),
-    ends=np.where(real, one(plan.ends), 0),
+    ends=np.where(real, plan.ends[index], 0),
     temperature=one(plan.temperature),
     keys=one(plan.keys),
   )

@@ -266,7 +266,7 @@ def decide(rule: Rule, view: View) -> Change:
     case Editing():
       better = view.probability > _column(rule.edit)
       edit = view.decided & (view.token != view.current) & better
-      left = view.progress.total + rule.post - view.progress.step
+      left = jnp.asarray(view.progress.total + rule.post - view.progress.step)
       edit &= (left > 0)[:, None]
       again = jnp.any(edit | change.commit, -1) & (left > 1)
       return Change(change.commit | edit, none, again)
@@ -329,6 +329,7 @@ def fuse(rule, logits, eligible, kept, step, model=None):
     case Credit():
       return _fuse_credit(inner, logits, eligible, kept, step)
     case Smoothing():
+      assert model is not None
       p = jax.nn.softmax(logits, -1)
       embedding = model.embedding.astype(p.dtype)
       return logits, jnp.einsum("bwv,vd->bwd", p, embedding)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from giantsteps.kernels_pallas.unmask_stats import reference, unmask_stats
 from giantsteps.samplers.decoding import commit_rules, kv_cache
@@ -54,14 +55,14 @@ class Plan(NamedTuple):
   """What stays the same during a run, and is traced."""
 
   rule: commit_rules.Rule
-  first: jax.Array  # [B] int32, where block 0 begins
-  given: jax.Array  # [B] int32, length of the prompt
-  ends: jax.Array  # [B] int32, length of the row
+  first: jax.Array | np.ndarray  # [B] int32, where block 0 begins
+  given: jax.Array | np.ndarray  # [B] int32, length of the prompt
+  ends: jax.Array | np.ndarray  # [B] int32, length of the row
   mask_token: jax.Array  # [] int32
   banned: jax.Array | None  # [E] int32, tokens that are never predicted
   late: jax.Array | None  # [E] int32, tokens that are committed last
   eos: jax.Array | None  # [E] int32: after one of them a row is finished
-  temperature: jax.Array | None  # [B] float32; None takes the best token
+  temperature: jax.Array | np.ndarray | None  # [B] float32; None: best token
   guidance: jax.Array | None  # [] float32, (1 + guidance) c - guidance u
   keys: jax.Array | None  # [B] keys, one random stream per row
 
@@ -330,6 +331,7 @@ def _stats(model, hidden, index, eligible, state, plan, static):
       logits = apart.reshape(logits.shape)
     noised = logits
     if temperature is not None:
+      assert seeds is not None
       noised = logits / jnp.maximum(temperature, 1e-6)[:, None]
       if static.transform is not None:
         noised = static.transform(noised)

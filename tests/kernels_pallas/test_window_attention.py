@@ -1,7 +1,7 @@
 """Streamed scores against NumPy in float64; JAX's kernel, interpreted, against
 both; where it is taken."""
 
-# pyright: reportArgumentType=false (shapes stand for jax.Array)
+# pyright: reportArgumentType=false
 
 import functools
 

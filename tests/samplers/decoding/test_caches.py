@@ -1,4 +1,5 @@
 """Caches, batches of mixed lengths and whole decodes with the real models."""
+# pyright: reportArgumentType=false
 
 import dataclasses
 import functools

@@ -1,4 +1,5 @@
 """Transforms of logits against published masks and sorted NumPy."""
+# pyright: reportArgumentType=false
 
 import json
 import pathlib
