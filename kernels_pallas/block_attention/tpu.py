@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from giantsteps.kernels_pallas import dispatch, tuning
 
-_LANES = 128
+_LANES, _SUBLANES = 128, 8
 _VMEM = 56 * 2**20  # bytes: a TPU v5p has 64 MiB
 # Slots of a tile, and most rows of a group's matrix (queries times heads).
 BLOCKS = {"slots": 512, "rows": 256}
@@ -63,6 +63,8 @@ def attention(
   programs = pl.cdiv(total, sizes["rows"])
   rows = -(-pl.cdiv(total, programs) // 16) * 16
   padding = programs * rows - total
+  # Groups of a program, whose work is written out: a tile of sublanes, or all.
+  some = _SUBLANES if groups % _SUBLANES == 0 else groups
   q = jnp.moveaxis(q.reshape(batch, length, groups, each, width), 2, 1)
   q = q.reshape(batch, groups, total, width)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -71,42 +73,45 @@ def attention(
   most = jnp.max(limits.reshape(batch, programs, rows), axis=2)
   needed = jnp.maximum((most + tile - 1) // tile, 1)  # tiles
 
-  def of_queries(b, i, j, needed):
-    return b, 0, i, 0
+  def of_queries(b, n, i, j, needed):
+    return b, n, i, 0
 
-  def of_slots(b, i, j, needed):
-    return b, jnp.minimum(j, needed[b, i] - 1), 0, 0
+  def of_slots(b, n, i, j, needed):
+    return b, jnp.minimum(j, needed[b, i] - 1), n, 0
+
+  def of_limits(b, n, i, j, needed):
+    return b, i, 0
 
   operands = (needed, q, k, v, limits[..., None])
-  queries = pl.BlockSpec((None, groups, rows, width), of_queries)
-  cache = pl.BlockSpec((1, tile, groups, width), of_slots)
+  queries = pl.BlockSpec((None, some, rows, width), of_queries)
+  cache = pl.BlockSpec((1, tile, some, width), of_slots)
   scores = 2 * batch * heads * length * slots * width
   out = pl.pallas_call(
     functools.partial(_body, scale=width**-0.5, slots=slots),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
-      grid=(batch, programs, tiles),
+      grid=(batch, groups // some, programs, tiles),
       in_specs=[
         queries,
         cache,
         cache,
-        pl.BlockSpec((None, rows, 1), lambda b, i, j, needed: (b, i, 0)),
+        pl.BlockSpec((None, rows, 1), of_limits),
       ],
       out_specs=queries,
       scratch_shapes=[
-        pltpu.VMEM((groups, tile, width), k.dtype),
-        pltpu.VMEM((groups, tile, width), k.dtype),
+        pltpu.VMEM((some, tile, width), k.dtype),
+        pltpu.VMEM((some, tile, width), k.dtype),
         pltpu.VMEM((2, rows, tile), jnp.float32),
         pltpu.VMEM((2, rows, tile), v.dtype),
-        pltpu.VMEM((groups, rows, width), jnp.float32),
-        pltpu.VMEM((groups, rows, _LANES), jnp.float32),
-        pltpu.VMEM((groups, rows, _LANES), jnp.float32),
+        pltpu.VMEM((some, rows, width), jnp.float32),
+        pltpu.VMEM((some, rows, _LANES), jnp.float32),
+        pltpu.VMEM((some, rows, _LANES), jnp.float32),
         pltpu.VMEM((2, rows, _LANES), jnp.float32),
       ],
     ),
     out_shape=dispatch.result(q.shape, q.dtype, operands),
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      dimension_semantics=("parallel",) * 3 + ("arbitrary",),
       vmem_limit_bytes=_VMEM,
     ),
     cost_estimate=pl.CostEstimate(
@@ -134,7 +139,7 @@ def _body(
   groups, rows, width = total.shape
   factor = np.float32(scale / np.log(2))
   tile = keys.shape[1]
-  step = pl.program_id(2)
+  step = pl.program_id(3)
 
   @pl.when(step == 0)
   def _():
@@ -171,7 +176,7 @@ def _body(
     found = _dot(weights[g % 2], values[g], (((1,), (0,)), ((), ())))
     total[g] = _wide(shrink[g % 2], width) * total[g] + found
 
-  @pl.when(step < needed_ref[pl.program_id(0), pl.program_id(1)])
+  @pl.when(step < needed_ref[pl.program_id(0), pl.program_id(2)])
   def _():
     score(0)
     for g in range(groups):
@@ -180,7 +185,7 @@ def _body(
       soften(g)
       read(g)
 
-  @pl.when(step == pl.num_programs(2) - 1)
+  @pl.when(step == pl.num_programs(3) - 1)
   def _():
     for g in range(groups):
       whole = jnp.sum(mass[g], axis=1, keepdims=True)
