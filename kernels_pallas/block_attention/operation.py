@@ -1,9 +1,14 @@
 """Attention of blocks of queries over a ragged cache, for every platform."""
 
+import functools
+
 import jax
 
 from giantsteps.kernels_pallas import dispatch
 from giantsteps.kernels_pallas.block_attention import reference, tpu
+
+# Shorter caches were not compared with XLA's by the compiler's estimates.
+_SHORTEST = 1_024
 
 
 def block_attention(
@@ -25,13 +30,16 @@ def block_attention(
     k: [B, S, G, K], H a multiple of G (grouped queries).
     v: [B, S, G, K].
     limits: [B, T] int32; a query with limit 0 returns something finite.
-    implementation: "xla" or None.
+    implementation: "xla", "pallas_tpu" (bfloat16 and float32), or None: on
+      TPUs the kernel for bfloat16 and 1,024 slots or more, else XLA. Its
+      derivatives are those of the reference, which computes everything again.
 
   Returns:
     [B, T, H, K] in q.dtype.
 
   Raises:
-    ValueError: if the shapes do not fit.
+    ValueError: if the shapes do not fit, or for an implementation that the
+      call does not have.
   """
   if (
     k.shape != v.shape
@@ -44,12 +52,39 @@ def block_attention(
       f"q {q.shape}, k {k.shape}, v {v.shape}, limits {limits.shape}: want "
       "[B, T, H, K], twice [B, S, G, K] with G a divisor of H, and [B, T]"
     )
+  exists = tpu.fits(q, k)
+  pays = q.dtype == "bfloat16" and k.shape[1] >= _SHORTEST
+  if not (exists and (implementation or pays)):
+    return dispatch.call(
+      q,
+      k,
+      v,
+      limits,
+      xla=reference.block_attention,
+      implementation=implementation,
+    )
+  return _with_kernel(implementation, q, k, v, limits)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _with_kernel(implementation, q, k, v, limits):
   return dispatch.call(
     q,
     k,
     v,
     limits,
     xla=reference.block_attention,
-    pallas_tpu=tpu.attention if tpu.fits(q, k) else None,
+    pallas_tpu=tpu.attention,
     implementation=implementation,
   )
+
+
+@_with_kernel.defjvp
+def _(implementation, operands, tangents):
+  @jax.checkpoint
+  def push(operands, tangents, limits):
+    attend = lambda *xs: reference.block_attention(*xs, limits)
+    return jax.jvp(attend, operands, tangents)[1]
+
+  out = _with_kernel(implementation, *operands)
+  return out, push(operands[:3], tangents[:3], operands[3])

@@ -23,13 +23,26 @@ _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # score of a slot not seen
 
 
 def fits(q: jax.Array, k: jax.Array) -> bool:
-  """Whether the kernel computes this call: bfloat16 and float32."""
+  """Whether the kernel computes this call: bfloat16 and float32, where the
+  groups of a program fit on chip."""
+  size, lanes = q.dtype.itemsize, -(-q.shape[3] // _LANES) * _LANES
+  tile, rows = BLOCKS["slots"], BLOCKS["rows"]
+  # two buffers and a copy of keys and values; of queries and results
+  group = lanes * (6 * tile * size + rows * (4 * size + 4)) + 8 * rows * _LANES
+  shared = rows * (2 * tile * (4 + size) + 16 * _LANES)
   return (
     q.dtype == k.dtype
     and q.dtype.name in ("bfloat16", "float32")
     and q.size > 0
     and k.size > 0
+    and _together(k.shape[2]) * group + shared <= _VMEM
   )
+
+
+def _together(groups: int) -> int:
+  """Groups of a program, whose work is written out: a tile of sublanes, or
+  all."""
+  return _SUBLANES if groups % _SUBLANES == 0 else groups
 
 
 def attention(
@@ -63,8 +76,7 @@ def attention(
   programs = pl.cdiv(total, sizes["rows"])
   rows = -(-pl.cdiv(total, programs) // 16) * 16
   padding = programs * rows - total
-  # Groups of a program, whose work is written out: a tile of sublanes, or all.
-  some = _SUBLANES if groups % _SUBLANES == 0 else groups
+  some = _together(groups)
   q = jnp.moveaxis(q.reshape(batch, length, groups, each, width), 2, 1)
   q = q.reshape(batch, groups, total, width)
   q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
@@ -137,6 +149,7 @@ def _body(
   of weights of the slots of a lane.
   """
   groups, rows, width = total.shape
+  pair = 2 if groups % 2 == 0 else 1  # one multiplies, the other softens
   factor = np.float32(scale / np.log(2))
   tile = keys.shape[1]
   step = pl.program_id(3)
@@ -147,43 +160,47 @@ def _body(
     mass[...] = jnp.zeros_like(mass)
     peak[...] = jnp.full_like(peak, _HIDDEN)
 
-  def score(g):
-    keys[g] = _group(k_ref, g)
-    scores[g % 2] = _dot(q_ref[g], keys[g], (((1,), (1,)), ((), ())))
+  def score(g, slot):
+    scores[slot] = _dot(q_ref[g], keys[g], (((1,), (1,)), ((), ())))
 
-  def soften(g):
+  def soften(g, slot):
     for i in range(0, rows, 16):
       r = slice(i, i + 16)
       limit = limits_ref[r] - step * tile
       seen = jax.lax.broadcasted_iota(jnp.int32, (16, tile), 1) < limit
-      s = jnp.where(seen, scores[g % 2, r], _HIDDEN)
+      s = jnp.where(seen, scores[slot, r], _HIDDEN)
       before = peak[g, r]
       now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
       fall = jnp.exp2((before - now) * factor)
       p = jnp.exp2((s - _wide(now, tile)) * factor)
       parts = [p[:, c : c + _LANES] for c in range(0, tile, _LANES)]
       mass[g, r] = fall * mass[g, r] + functools.reduce(jnp.add, parts)
-      weights[g % 2, r] = p.astype(weights.dtype)
+      weights[slot, r] = p.astype(weights.dtype)
       peak[g, r] = now
-      shrink[g % 2, r] = fall
+      shrink[slot, r] = fall
 
-  def read(g):
-    x = _group(v_ref, g)
-    if slots % tile:  # what lies behind the cache may be NaN
-      slot = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
-      x = jnp.where(slot < slots - step * tile, x, jnp.zeros_like(x))
-    values[g] = x
-    found = _dot(weights[g % 2], values[g], (((1,), (0,)), ((), ())))
-    total[g] = _wide(shrink[g % 2], width) * total[g] + found
+  def read(g, slot):
+    found = _dot(weights[slot], values[g], (((1,), (0,)), ((), ())))
+    total[g] = _wide(shrink[slot], width) * total[g] + found
 
   @pl.when(step < needed_ref[pl.program_id(0), pl.program_id(2)])
   def _():
-    score(0)
     for g in range(groups):
-      if g + 1 < groups:
-        score(g + 1)
-      soften(g)
-      read(g)
+      keys[g] = _group(k_ref, g)
+      x = _group(v_ref, g)
+      if slots % tile:  # what lies behind the cache may be NaN
+        place = jax.lax.broadcasted_iota(jnp.int32, x.shape, 0)
+        x = jnp.where(place < slots - step * tile, x, jnp.zeros_like(x))
+      values[g] = x
+
+    @pl.loop(0, groups // pair)
+    def _(i):
+      score(i * pair, 0)
+      for slot in range(pair):
+        if slot + 1 < pair:
+          score(i * pair + 1, 1)
+        soften(i * pair + slot, slot)
+        read(i * pair + slot, slot)
 
   @pl.when(step == pl.num_programs(3) - 1)
   def _():

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from giantsteps.kernels_pallas.block_attention import (
   block_attention,
@@ -107,8 +108,39 @@ def test_no_slot_seen_is_finite():
     assert near[0] < 1e-2
 
 
+def test_derivatives_are_those_of_the_reference():
+  q, k, v, limits = problem(1, 3, 40, 2, 1, 32, "float32")
+  cotangent = harness.random_like(q, 1)
+
+  def pulled(implementation):
+    attend = lambda *xs: block_attention(
+      *xs, limits, implementation=implementation
+    )
+    with pltpu.force_tpu_interpret_mode():
+      return jax.jit(lambda *xs: jax.vjp(attend, *xs)[1](cotangent))(q, k, v)
+
+  found, want = pulled("pallas_tpu"), pulled("xla")
+  assert max(harness.relative_error(found, want)) < 1e-6
+
+
+@pytest.mark.parametrize(
+  ("slots", "dtype", "kernel"),
+  [
+    (1_024, "bfloat16", True),
+    (1_023, "bfloat16", False),  # not compared with XLA
+    (1_024, "float32", False),  # precision is XLA's to choose
+  ],
+)
+def test_none_takes_the_kernel_where_it_pays(slots, dtype, kernel):
+  operands = jax.eval_shape(lambda: problem(1, 8, slots, 4, 2, 64, dtype))
+  lowered = jax.jit(block_attention).trace(*operands)
+  text = lowered.lower(lowering_platforms=("tpu",)).as_text()
+  assert ("tpu_custom_call" in text) == kernel
+
+
 def test_no_race_no_bound_nothing_unset():
-  operands = problem(2, 6, 200, 8, 2, 64, "bfloat16")
+  # Three groups: the strict interpreter knows no 32-bit words of bfloat16.
+  operands = problem(2, 6, 200, 12, 3, 64, "bfloat16")
   kernel = functools.partial(tpu.attention, blocks=TILES)
   found = harness.run_checked(kernel, *operands)
   assert harness.relative_error(found, attended(*operands))[0] < 1e-2
