@@ -17,8 +17,9 @@ from giantsteps.kernels_pallas import dispatch, tuning
 
 _LANES, _SUBLANES = 128, 8
 _VMEM = 56 * 2**20  # bytes: a TPU v5p has 64 MiB
-# Slots of a tile, and most rows of a group's matrix (queries times heads).
-BLOCKS = {"slots": 512, "rows": 256}
+# Slots of a tile; most rows of a group's matrix (queries times heads) in a
+# program, and in one product.
+BLOCKS = {"slots": 512, "rows": 256, "height": 128}
 _HIDDEN = -0.7 * float(np.finfo(np.float32).max)  # score of a slot not seen
 
 
@@ -74,7 +75,9 @@ def attention(
   # Queries of a group are rows of one matrix, a query's heads side by side.
   total = length * each
   programs = pl.cdiv(total, sizes["rows"])
-  rows = -(-pl.cdiv(total, programs) // 16) * 16
+  pieces = pl.cdiv(pl.cdiv(total, programs), sizes["height"])
+  height = -(-pl.cdiv(total, programs * pieces) // 16) * 16
+  rows = pieces * height
   padding = programs * rows - total
   some = _together(groups)
   q = jnp.moveaxis(q.reshape(batch, length, groups, each, width), 2, 1)
@@ -113,12 +116,12 @@ def attention(
       scratch_shapes=[
         pltpu.VMEM((some, tile, width), k.dtype),
         pltpu.VMEM((some, tile, width), k.dtype),
-        pltpu.VMEM((2, rows, tile), jnp.float32),
-        pltpu.VMEM((2, rows, tile), v.dtype),
+        pltpu.VMEM((2, height, tile), jnp.float32),
+        pltpu.VMEM((2, height, tile), v.dtype),
         pltpu.VMEM((some, rows, width), jnp.float32),
         pltpu.VMEM((some, rows, _LANES), jnp.float32),
         pltpu.VMEM((some, rows, _LANES), jnp.float32),
-        pltpu.VMEM((2, rows, _LANES), jnp.float32),
+        pltpu.VMEM((2, height, _LANES), jnp.float32),
       ],
     ),
     out_shape=dispatch.result(q.shape, q.dtype, operands),
@@ -149,7 +152,10 @@ def _body(
   of weights of the slots of a lane.
   """
   groups, rows, width = total.shape
-  pair = 2 if groups % 2 == 0 else 1  # one multiplies, the other softens
+  height = scores.shape[1]
+  pieces = rows // height
+  # of two pieces one is multiplied while the other is softened
+  pair = 2 if groups * pieces % 2 == 0 else 1
   factor = np.float32(scale / np.log(2))
   tile = keys.shape[1]
   step = pl.program_id(3)
@@ -160,28 +166,38 @@ def _body(
     mass[...] = jnp.zeros_like(mass)
     peak[...] = jnp.full_like(peak, _HIDDEN)
 
-  def score(g, slot):
-    scores[slot] = _dot(q_ref[g], keys[g], (((1,), (1,)), ((), ())))
+  def piece(i):  # group, its first row
+    first = jax.lax.rem(i, pieces) * height
+    return jax.lax.div(i, pieces), pl.multiple_of(first, 16)
 
-  def soften(g, slot):
-    for i in range(0, rows, 16):
-      r = slice(i, i + 16)
+  def score(i, slot):
+    g, first = piece(i)
+    q = q_ref[g, pl.ds(first, height)]
+    scores[slot] = _dot(q, keys[g], (((1,), (1,)), ((), ())))
+
+  def soften(i, slot):
+    g, first = piece(i)
+    for here in range(0, height, 16):
+      r = pl.ds(pl.multiple_of(first + here, 16), 16)
+      part = slice(here, here + 16)
       limit = limits_ref[r] - step * tile
       seen = jax.lax.broadcasted_iota(jnp.int32, (16, tile), 1) < limit
-      s = jnp.where(seen, scores[slot, r], _HIDDEN)
+      s = jnp.where(seen, scores[slot, part], _HIDDEN)
       before = peak[g, r]
       now = jnp.maximum(before, jnp.max(s, axis=1, keepdims=True))
       fall = jnp.exp2((before - now) * factor)
       p = jnp.exp2((s - _wide(now, tile)) * factor)
       parts = [p[:, c : c + _LANES] for c in range(0, tile, _LANES)]
       mass[g, r] = fall * mass[g, r] + functools.reduce(jnp.add, parts)
-      weights[slot, r] = p.astype(weights.dtype)
+      weights[slot, part] = p.astype(weights.dtype)
       peak[g, r] = now
-      shrink[slot, r] = fall
+      shrink[slot, part] = fall
 
-  def read(g, slot):
+  def read(i, slot):
+    g, first = piece(i)
+    r = pl.ds(first, height)
     found = _dot(weights[slot], values[g], (((1,), (0,)), ((), ())))
-    total[g] = _wide(shrink[slot], width) * total[g] + found
+    total[g, r] = _wide(shrink[slot], width) * total[g, r] + found
 
   @pl.when(step < needed_ref[pl.program_id(0), pl.program_id(2)])
   def _():
@@ -193,7 +209,7 @@ def _body(
         x = jnp.where(place < slots - step * tile, x, jnp.zeros_like(x))
       values[g] = x
 
-    @pl.loop(0, groups // pair)
+    @pl.loop(0, groups * pieces // pair)
     def _(i):
       score(i * pair, 0)
       for slot in range(pair):
