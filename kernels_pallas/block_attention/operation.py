@@ -83,7 +83,7 @@ def _with_kernel(implementation, q, k, v, limits):
 def _(implementation, operands, tangents):
   @jax.checkpoint
   def push(operands, tangents, limits):
-    attend = lambda *xs: reference.block_attention(*xs, limits)
+    attend = lambda q, k, v: reference.block_attention(q, k, v, limits)
     return jax.jvp(attend, operands, tangents)[1]
 
   out = _with_kernel(implementation, *operands)

@@ -42,7 +42,8 @@ def unmask_stats(
       split: head and bias are this device's columns, as many on every device,
       in the order of the axis. Devices exchange 8 numbers per position.
     implementation: "xla", "pallas_tpu" (bfloat16 and float32), or None: on
-      TPUs the kernel for bfloat16 hidden and V >= 4096, else XLA.
+      TPUs the kernel for bfloat16 hidden and V >= 4096, else XLA. The kernel
+      has no derivatives.
 
   Returns:
     `Stats`, [T] each; the lowest token of equals.
