@@ -228,17 +228,18 @@ def _body(
 def _group(ref, g):
   """[1, S, G, K] -> [S, K] of a group.
 
-  Two groups of bfloat16 share 32-bit words, which are read with a stride.
+  Two groups of bfloat16 share 32-bit words, which are read with a stride
+  where the groups fill their tile of sublanes.
   """
   _, slots, groups, width = ref.shape
-  if groups == 1:
-    return ref[0, :, 0]
-  if ref.dtype == jnp.float32:
-    return ref.reshape(slots * groups, width)[pl.ds(g, slots, stride=groups)]
-  if groups % 2:
+  packed = 4 // ref.dtype.itemsize
+  words = groups // packed
+  if groups % packed or groups == 1 or words & (words - 1):
     return ref[0, :, g]
-  words = ref.bitcast(jnp.uint32).reshape(slots * groups // 2, width)
-  x = words[pl.ds(g // 2, slots, stride=groups // 2)]
+  rows = pl.ds(g // packed, slots, stride=words)
+  if packed == 1:
+    return ref.reshape(slots * words, width)[rows]
+  x = ref.bitcast(jnp.uint32).reshape(slots * words, width)[rows]
   x = x & np.uint32(0xFFFF0000) if g % 2 else x << 16
   return pltpu.bitcast(x, jnp.float32).astype(jnp.bfloat16)
 

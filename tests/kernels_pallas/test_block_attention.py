@@ -168,7 +168,14 @@ def test_other_sizes_compile(example, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
-  "case", [(1, 1, 8_192, 32, 32, 64), (3, 7, 1_000, 6, 3, 128)]
+  "case",
+  [
+    (1, 1, 8_192, 32, 32, 64),
+    (3, 7, 1_000, 6, 3, 128),
+    (1, 7, 1_000, 12, 6, 128),
+    (1, 40, 1_000, 14, 2, 64),
+    (1, 9, 1_000, 8, 1, 128),
+  ],
 )
 def test_any_shape_compiles(case, dtype):
   operands = jax.eval_shape(lambda: problem(*case, dtype))
