@@ -516,14 +516,14 @@ def _plan(
   ids = lambda x: jnp.asarray(tuple(x), jnp.int32) if x else None
   return state.Plan(
     rule=rule,
-    first=np.asarray(places[0], np.int32),
-    given=np.asarray(places[1], np.int32),
-    ends=np.asarray(places[2], np.int32),
+    first=jnp.asarray(places[0], jnp.int32),
+    given=jnp.asarray(places[1], jnp.int32),
+    ends=jnp.asarray(places[2], jnp.int32),
     mask_token=jnp.int32(mask_token or 0),
     banned=ids(banned),
     late=ids(late),
     eos=ids(eos),
-    temperature=np.broadcast_to(temperature, (batch,)) if sampled else None,
+    temperature=jnp.broadcast_to(temperature, (batch,)) if sampled else None,
     guidance=None if guidance is None else jnp.float32(guidance),
     keys=keys,
   )
@@ -545,7 +545,7 @@ def _take_rows(
     ),
     first=one(plan.first),
     given=one(plan.given),
-    ends=np.where(real, plan.ends[index], 0),
+    ends=jnp.where(real, plan.ends[index], 0),
     temperature=one(plan.temperature),
     keys=one(plan.keys),
   )

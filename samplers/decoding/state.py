@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from giantsteps.kernels_pallas.unmask_stats import reference, unmask_stats
 from giantsteps.samplers.decoding import commit_rules, kv_cache
@@ -55,14 +54,14 @@ class Plan(NamedTuple):
   """What stays the same during a run, and is traced."""
 
   rule: commit_rules.Rule
-  first: jax.Array | np.ndarray  # [B] int32, where block 0 begins
-  given: jax.Array | np.ndarray  # [B] int32, length of the prompt
-  ends: jax.Array | np.ndarray  # [B] int32, length of the row
+  first: jax.Array  # [B] int32, where block 0 begins
+  given: jax.Array  # [B] int32, length of the prompt
+  ends: jax.Array  # [B] int32, length of the row
   mask_token: jax.Array  # [] int32
   banned: jax.Array | None  # [E] int32, tokens that are never predicted
   late: jax.Array | None  # [E] int32, tokens that are committed last
   eos: jax.Array | None  # [E] int32: after one of them a row is finished
-  temperature: jax.Array | np.ndarray | None  # [B] float32; None: best token
+  temperature: jax.Array | None  # [B] float32; None: the best token
   guidance: jax.Array | None  # [] float32, (1 + guidance) c - guidance u
   keys: jax.Array | None  # [B] keys, one random stream per row
 
