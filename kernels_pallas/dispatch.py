@@ -52,6 +52,15 @@ def call(
   return jax.lax.platform_dependent(*operands, **kernels, default=xla)
 
 
+def divided() -> bool:
+  """Whether the partitioner is to divide the program: a kernel is none that it
+  could. The mesh is that of `jax.sharding.use_abstract_mesh`; inside
+  `shard_map` there is nothing left to divide."""
+  mesh = jax.sharding.get_abstract_mesh()
+  automatic = all(k == jax.sharding.AxisType.Auto for k in mesh.axis_types)
+  return not mesh.empty and mesh.size > 1 and automatic
+
+
 def result(
   shape: tuple[int, ...], dtype: jax.typing.DTypeLike, operands: Any
 ) -> jax.ShapeDtypeStruct:

@@ -54,6 +54,7 @@ def block_attention(
     )
   exists = tpu.fits(q, k)
   pays = q.dtype == "bfloat16" and k.shape[1] >= _SHORTEST
+  pays &= not dispatch.divided()
   if not (exists and (implementation or pays)):
     return dispatch.call(
       q,

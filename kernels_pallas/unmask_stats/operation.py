@@ -73,6 +73,7 @@ def unmask_stats(
     offset = jax.lax.axis_index(axis_name) * size
   exists = tpu.fits(hidden, head)
   pays = hidden.dtype == jnp.bfloat16 and size >= _SMALLEST
+  pays &= not dispatch.divided()
   kernel = functools.partial(tpu.partial, transposed=transposed)
   found = dispatch.call(
     hidden,

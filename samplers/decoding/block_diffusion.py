@@ -6,6 +6,7 @@ decoded by a commit rule, later blocks stay MASK and visible to the model.
 `autoregressive` is the same loop with blocks of one position.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
@@ -367,10 +368,11 @@ def lower(
   )
   shape = (rows, bucket(prompt_length + num_tokens))
   like = [jax.ShapeDtypeStruct(shape, x) for x in (jnp.int32, bool)]
-  now = jax.eval_shape(
-    lambda m, t, k, p: _start(m, t, k, p, static), model, *like, plan
-  )
-  return _run.lower(model, now, plan, static, np.int32(2**30))
+  with _on_mesh(model):
+    now = jax.eval_shape(
+      lambda m, t, k, p: _start(m, t, k, p, static), model, *like, plan
+    )
+    return _run.lower(model, now, plan, static, np.int32(2**30))
 
 
 def bucket(size: int, least: int = 64) -> int:
@@ -402,13 +404,24 @@ def _decode(model, tokens, masked, plan, static, callback, every):
   """Runs to the end; with a callback in pieces of `every` steps."""
   if every < 1:
     raise ValueError(f"every={every}: at least 1")
-  now = _start(model, tokens, masked, plan, static)
-  if callback is None:
-    return _run(model, now, plan, static, np.int32(2**30))
-  while not bool(_finished(now, plan, static).all()):
-    now = _run(model, now, plan, static, np.int32(every))
-    callback(Partial(*map(np.asarray, (now.tokens, now.masked, now.nfe))))
-  return now
+  with _on_mesh(model):
+    now = _start(model, tokens, masked, plan, static)
+    if callback is None:
+      return _run(model, now, plan, static, np.int32(2**30))
+    while not bool(_finished(now, plan, static).all()):
+      now = _run(model, now, plan, static, np.int32(every))
+      callback(Partial(*map(np.asarray, (now.tokens, now.masked, now.nfe))))
+    return now
+
+
+def _on_mesh(model):
+  """Traces with the mesh in sight that the parameters lie on: the layers then
+  know that their program is divided, and place their activations."""
+  for leaf in jax.tree.leaves(model):
+    place = getattr(leaf, "sharding", None)
+    if isinstance(place, jax.sharding.NamedSharding) and place.mesh.size > 1:
+      return jax.sharding.use_abstract_mesh(place.mesh.abstract_mesh)
+  return contextlib.nullcontext()
 
 
 @functools.partial(jax.jit, static_argnums=4)
