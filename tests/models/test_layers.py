@@ -217,7 +217,7 @@ def test_a_mesh_changes_no_number(on_devices):
   found = on_devices(8, __file__, "on_meshes()")
   # of the same bfloat16 numbers, some are rounded the other way: far below
   # the 2^-9 of all of them
-  for mesh, holds in (("(2, 2, 2)", True), ("(8, 1, 1)", False)):
+  for mesh, holds in (("(2, 2, 2)", True), ("(8, 1, 1)", True)):
     worst, kernel = found[mesh]
     assert (worst < 2e-4, kernel) == (True, holds), (mesh, worst, kernel)
 
