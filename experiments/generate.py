@@ -255,6 +255,11 @@ def _rule(causal: bool):
 
 def _cache(source: _Source) -> str:
   if _CACHE.value is not None:
+    if _CACHE.value != "none" and not source.model.ragged:
+      raise config_lib.InputError(
+        f"--cache {_CACHE.value}: this model takes no cache (attention windows, "
+        "short convolutions and LaCT have none here), leave the flag out"
+      )
     return _CACHE.value
   return "block" if source.causal and source.model.ragged else "none"
 

@@ -50,9 +50,10 @@ def measure(
     prompt, answer, block: positions.
 
   Returns:
-    One dict per method: name, exact (its tokens are those of the plain loop
-    with the same attention), seconds [rounds], times_faster [rounds] than that
-    loop, milliseconds per step (median), temporaries in bytes, nfe.
+    One dict per method: name, rows, tokens_equal_to_the_plain_loop (share of
+    all tokens, of the loop with the same attention), seconds [rounds],
+    times_faster [rounds] than that loop, milliseconds_per_token (median),
+    temporaries in bytes beside weights and results.
   """
   params = transformer.Transformer(config).init(
     jax.random.key(0), jnp.zeros((1, 8), jnp.int32)

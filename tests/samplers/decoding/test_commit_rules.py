@@ -54,10 +54,25 @@ class GoldenTest(parameterized.TestCase):
     ("entropy_0.8", decoding.entropy_threshold(0.8)),
     ("factor_0.5", decoding.factor(0.5)),
     ("factor_1.0", decoding.factor(1.0)),
+    ("hierarchy_0.9_0.3", decoding.hierarchical(0.9, 0.3)),
   )
   def test_published_masks(self, name, rule):
     got = commit(rule, RULES["logits"], RULES["mask"])
     np.testing.assert_array_equal(got, RULES[f"{name}__transfer"])
+
+  def test_published_credit(self):
+    rule, (rows, size, _) = decoding.credit(), RULES["logits"].shape
+    kept = commit_rules.memory(rule, rows, size, 1)
+    for step, scale in enumerate((1.0, 0.9)):
+      logits, kept = commit_rules.fuse(
+        rule,
+        jnp.asarray(RULES["logits"] * scale),
+        jnp.asarray(RULES["mask"]),
+        kept,
+        jnp.full(rows, step),
+      )
+      want = RULES[f"credit_step{step + 1}"]
+      np.testing.assert_allclose(logits, want, atol=1e-6)
 
   def test_published_top_n(self):
     for row, n in enumerate(RULES["topn__n"]):
