@@ -165,12 +165,14 @@ def main() -> int:
   answers, nfe = np.asarray(result.answers), np.asarray(result.nfe)
   for prompt, answer, calls in zip(_PROMPT.value, answers, nfe, strict=True):
     text = source.tokens.decode(answer)
+    ends = np.flatnonzero(np.isin(answer, source.tokens.eos or ()))
+    written = int(ends[0]) + 1 if len(ends) else len(answer)
     row = {
       "step": source.step,
       "prompt": prompt,
       "text": text,
       "forwards": int(calls),
-      "tokens_per_forward": round(_TOKENS.value / int(calls), 3),
+      "tokens_per_forward": round(written / int(calls), 3),
       "exactness": result.exactness,
     }
     if source.log is not None:

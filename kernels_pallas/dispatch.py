@@ -52,13 +52,18 @@ def call(
   return jax.lax.platform_dependent(*operands, **kernels, default=xla)
 
 
-def divided() -> bool:
-  """Whether the partitioner is to divide the program: a kernel is none that it
-  could. The mesh is that of `jax.sharding.use_abstract_mesh`; inside
-  `shard_map` there is nothing left to divide."""
+def automatic_mesh() -> jax.sharding.AbstractMesh | None:
+  """The mesh in use (`jax.sharding.use_abstract_mesh`), if the partitioner is
+  to place arrays on it; inside `shard_map` nothing is left to place."""
   mesh = jax.sharding.get_abstract_mesh()
-  automatic = all(k == jax.sharding.AxisType.Auto for k in mesh.axis_types)
-  return not mesh.empty and mesh.size > 1 and automatic
+  kinds = set(mesh.axis_types) <= {jax.sharding.AxisType.Auto}
+  return mesh if not mesh.empty and kinds else None
+
+
+def divided() -> bool:
+  """Whether the partitioner is to divide the program, as it could no kernel."""
+  mesh = automatic_mesh()
+  return mesh is not None and mesh.size > 1
 
 
 def result(

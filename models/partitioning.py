@@ -20,8 +20,10 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from giantsteps.kernels_pallas.dispatch import automatic_mesh
 
 AXES = ("data", "fsdp", "model")
 
@@ -175,13 +177,6 @@ def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:
     return jax.tree_util.tree_map_with_path(leaf, variables)
 
   return nn.map_variables(block, "params", trans_in_fn=gather, init=False)
-
-
-def automatic_mesh() -> AbstractMesh | None:
-  """The mesh in use, if the partitioner is to place arrays on it."""
-  mesh = jax.sharding.get_abstract_mesh()
-  automatic = all(kind == AxisType.Auto for kind in mesh.axis_types)
-  return mesh if not mesh.empty and automatic else None
 
 
 def mapped_axes() -> tuple[str, ...]:

@@ -249,9 +249,8 @@ def decide(rule: Rule, view: View) -> Change:
   """One step of a rule; at least one position where any is eligible."""
   none = jnp.zeros_like(view.eligible)
   hold = jnp.zeros(none.shape[0], bool)
-  inner = rule.rule if isinstance(rule, Remasking) else rule
   change = Change(
-    inner.transfer(view.confidence, view.eligible, view.progress), none, hold
+    rule.transfer(view.confidence, view.eligible, view.progress), none, hold
   )
   match rule:
     case Remasking():
@@ -272,105 +271,6 @@ def decide(rule: Rule, view: View) -> Change:
       return Change(change.commit | edit, none, again)
     case _:
       return change
-
-
-class _Credits(NamedTuple):
-  """The matrix M of `credit`, at most W entries of each position."""
-
-  token: jax.Array  # [B, W, W] int32
-  value: jax.Array  # [B, W, W] float32, 0 where there is none
-
-
-def memory(rule: Rule, rows: int, size: int, width: int):
-  """What a rule keeps while it works on a block, at its entry.
-
-  Args:
-    rule: any.
-    rows, size: B, W.
-    width: D of the model.
-
-  Returns:
-    A pytree with leaves [B, ...]; None for rules that keep nothing.
-  """
-  match rule:
-    case Credit():
-      shape = (rows, size, size)
-      return _Credits(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape))
-    case Smoothing():
-      return jnp.zeros((rows, size, width))
-    case Remasking():
-      return memory(rule.rule, rows, size, width)
-    case _:
-      return None
-
-
-def wants_logits(rule: Rule) -> bool:
-  """Whether a rule looks at all logits of a block [B, W, V]."""
-  inner = rule.rule if isinstance(rule, Remasking) else rule
-  return isinstance(inner, Credit | Smoothing)
-
-
-def fuse(rule, logits, eligible, kept, step, model=None):
-  """Logits that a rule makes of the model's, and what it keeps of them.
-
-  Args:
-    rule: any.
-    logits: [B, W, V].
-    eligible: [B, W] bool.
-    kept: of `memory` or the last step.
-    step: [B] int32, steps in this block before this one.
-    model: has the embedding [V, D], for `smoothing`.
-
-  Returns:
-    [B, W, V] and the memory.
-  """
-  inner = rule.rule if isinstance(rule, Remasking) else rule
-  match inner:
-    case Credit():
-      return _fuse_credit(inner, logits, eligible, kept, step)
-    case Smoothing():
-      assert model is not None
-      p = jax.nn.softmax(logits, -1)
-      embedding = model.embedding.astype(p.dtype)
-      return logits, jnp.einsum("bwv,vd->bwd", p, embedding)
-    case _:
-      return logits, kept
-
-
-def _fuse_credit(rule, logits, eligible, kept, step):
-  p = jax.nn.softmax(logits, -1)
-  top = jnp.argmax(logits, -1).astype(jnp.int32)[..., None]
-  gain = jnp.max(p, -1)[..., None] ** rule.gamma
-  value = jnp.where(step[:, None, None] > 0, kept.value * rule.beta, kept.value)
-  known = kept.token == top
-  slot = jnp.where(
-    jnp.any(known, -1), jnp.argmax(known, -1), jnp.argmin(value, -1)
-  )
-  here = jnp.arange(kept.token.shape[-1])[None, None] == slot[..., None]
-  here &= eligible[..., None]
-  old = jnp.where(known, value, 0)  # another token's place is taken over
-  kept = _Credits(
-    jnp.where(here, top, kept.token), jnp.where(here, old + gain, value)
-  )
-  rows, size = top.shape[:2]
-  place = (
-    jnp.arange(rows)[:, None, None],
-    jnp.arange(size)[None, :, None],
-    jnp.where(kept.token < 0, logits.shape[-1], kept.token),
-  )
-  bonus = rule.alpha * jnp.log1p(kept.value)
-  return logits.at[place].add(bonus.astype(logits.dtype), mode="drop"), kept
-
-
-def mix(rule: Rule, eligible: jax.Array, state):
-  """Weight [B, W] and vectors [B, W, D] that `smoothing` mixes into the inputs
-  of masked positions; None, None for other rules."""
-  inner = rule.rule if isinstance(rule, Remasking) else rule
-  if not isinstance(inner, Smoothing):
-    return None, None
-  grown = inner.weight + inner.growth * (state.step - 1)
-  weight = jnp.where(state.step > 0, jnp.minimum(grown, inner.most), 0)
-  return jnp.where(eligible, weight[:, None], 0), state.memory
 
 
 def threshold(value: Number = 0.9) -> Threshold:
@@ -542,7 +442,8 @@ def commit(
   """One step of a rule, with the most probable token at every position.
 
   Args:
-    rule: `top_n` takes the first of its steps, with all of L as one block.
+    rule: `top_n` takes the first of its steps, with all of L as one block;
+      `credit` has nothing to remember yet, so it is its threshold.
     logits: [B, L, V] float.
     masked: [B, L] bool, True where nothing is committed yet.
     key: needed by confidence "random" only.
@@ -565,11 +466,6 @@ def commit(
       raise ValueError("confidence='random' needs a key")
     noise = jax.random.uniform(key, masked.shape)
   logits = jnp.asarray(logits)
-  rows, size, _ = logits.shape
-  if isinstance(rule, Credit):
-    first = jnp.zeros(rows, jnp.int32)
-    kept = memory(rule, rows, size, 1)
-    logits, _ = fuse(rule, logits, masked, kept, first)
   token = jnp.argmax(logits, -1)
   sure = confidence(rule.confidence, logits, token, noise)
   total = jnp.sum(masked, -1)

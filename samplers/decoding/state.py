@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from giantsteps.kernels_pallas.unmask_stats import reference, unmask_stats
-from giantsteps.samplers.decoding import commit_rules, kv_cache
+from giantsteps.samplers.decoding import commit_rules, kv_cache, rule_memory
 
 
 class Model(Protocol):
@@ -130,7 +130,7 @@ def step(model: Model, state: State, plan: Plan, static: Static) -> State:
   decided = committed_at >= 0
   now = window(state.tokens, 0)
 
-  weight, vectors = commit_rules.mix(plan.rule, eligible, state)
+  weight, vectors = rule_memory.mix(plan.rule, eligible, state)
   hidden, cache = kv_cache.look(
     model,
     kv_cache.Rows(state.tokens, start, plan.given, plan.ends, weight, vectors),
@@ -279,7 +279,7 @@ def _leave(model, state, may, touched, plan, static):
 
 def _memory(model, plan, rows, size):
   """Of the rule, at the entry of a block."""
-  return commit_rules.memory(plan.rule, rows, size, model.head.shape[0])
+  return rule_memory.memory(plan.rule, rows, size, model.head.shape[0])
 
 
 def _num_blocks(plan: Plan, block_size: int) -> jax.Array:
@@ -314,7 +314,7 @@ def _stats(model, hidden, index, eligible, state, plan, static):
     seeds = seeds.reshape(-1, 2)
   flat = hidden.reshape(-1, width)
   memory = state.memory
-  if static.transform is None and not commit_rules.wants_logits(plan.rule):
+  if static.transform is None and not rule_memory.wants_logits(plan.rule):
     stats = unmask_stats(
       flat, head, bias=bias, temperature=temperature, seeds=seeds
     )
@@ -322,9 +322,9 @@ def _stats(model, hidden, index, eligible, state, plan, static):
     logits = reference.project(flat, head)
     if bias is not None:
       logits += bias[None]
-    if commit_rules.wants_logits(plan.rule):
+    if rule_memory.wants_logits(plan.rule):
       apart = logits.reshape(rows, size, -1)
-      apart, memory = commit_rules.fuse(
+      apart, memory = rule_memory.fuse(
         plan.rule, apart, eligible, memory, state.step, model
       )
       logits = apart.reshape(logits.shape)

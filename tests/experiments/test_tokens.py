@@ -201,7 +201,8 @@ def test_generate_continues_as_the_published_code_does(tmp_path):
   first, second = (row[6:] for row in golden["greedy_out"])
   first = first[: list(first).index(1)]  # config.json: eos_token_id 1
   assert said.splitlines() == [
-    "--- 24 forwards, 1.0 tokens per forward, greedy",
+    # a row that has ended costs nothing more
+    f"--- {len(first) + 1} forwards, 1.0 tokens per forward, greedy",
     prompts[0] + text(first),
     "--- 24 forwards, 1.0 tokens per forward, greedy",
     prompts[1] + text(second),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from absl.testing import absltest, parameterized
 
-from giantsteps.models import pretrained, transformer
+from giantsteps.models import partitioning, pretrained, transformer
 from giantsteps.samplers import decoding
 from giantsteps.samplers.decoding import block_diffusion
 
@@ -202,8 +202,8 @@ class BatchTest(parameterized.TestCase):
   def test_rows_do_not_know_their_neighbours(self, rule, cache):
     self.check(rule, cache)
 
-  @pytest.mark.slow
   @parameterized.product(rule=sorted(RULES), cache=CACHES)
+  @pytest.mark.slow
   def test_whatever_rule_and_cache(self, rule, cache):
     self.check(rule, cache)
 
@@ -471,6 +471,36 @@ class ProgramTest(parameterized.TestCase):
       self.assertNotIn(f"[{shape[::-1]}]", text)
     self.assertNotIn(f"[{rows},64,{size}]", text)
     self.assertIn(f"{size}", text)  # the head is there
+
+
+def on_a_mesh():
+  """Run on eight devices: answers of a model that lies on four of them."""
+  devices = np.array(jax.devices()[:4]).reshape(1, 1, 4)
+  kinds = (jax.sharding.AxisType.Auto,) * 3
+  mesh = jax.sharding.Mesh(devices, ("data", "fsdp", "model"), axis_types=kinds)
+  bound, found = model(), {}
+  places = partitioning.specs(bound.params, mesh)
+  put = lambda x, place: jax.device_put(
+    x, jax.sharding.NamedSharding(mesh, place)
+  )
+  spread = dataclasses.replace(
+    bound, params=jax.tree.map(put, bound.params, places)
+  )
+  for cache in ("dual", "block"):
+    answers = [
+      generate(x, PROMPTS, LENGTHS, rule=RULES["threshold"], cache=cache)
+      for x in (bound, spread)
+    ]
+    found[cache] = [np.asarray(x.answers).tolist() for x in answers]
+  split = jax.tree.leaves(jax.tree.map(lambda x: tuple(x), places))
+  return found, "model" in split
+
+
+def test_a_model_on_a_mesh(on_devices):
+  found, is_split = on_devices(8, __file__, "on_a_mesh()")
+  assert is_split
+  for cache, (alone, spread) in found.items():
+    assert alone == spread, cache
 
 
 class HostileTest(parameterized.TestCase):

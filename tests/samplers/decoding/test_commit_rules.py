@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from giantsteps.samplers import decoding
-from giantsteps.samplers.decoding import commit_rules
+from giantsteps.samplers.decoding import commit_rules, rule_memory
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden/decoding"
 RULES = np.load(GOLDEN / "transfer_rules.npz", allow_pickle=False)
@@ -62,9 +62,9 @@ class GoldenTest(parameterized.TestCase):
 
   def test_published_credit(self):
     rule, (rows, size, _) = decoding.credit(), RULES["logits"].shape
-    kept = commit_rules.memory(rule, rows, size, 1)
+    kept = rule_memory.memory(rule, rows, size, 1)
     for step, scale in enumerate((1.0, 0.9)):
-      logits, kept = commit_rules.fuse(
+      logits, kept = rule_memory.fuse(
         rule,
         jnp.asarray(RULES["logits"] * scale),
         jnp.asarray(RULES["mask"]),
