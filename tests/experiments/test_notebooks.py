@@ -22,7 +22,7 @@ SMALLER = {  # name: what is replaced, and what the output must say
     },
     "fastest",
   ),
-  "pod": ({'"bert_base", "v5e:8x8"': '"bert_smoke", "v5e:4x4"'}, "fits"),
+  "pod": ({'"bert_base", "v5e:8x8"': '"code_lm_smoke", "v5e:2x2"'}, "fits"),
 }
 
 

@@ -16,7 +16,7 @@ import tensorstore as ts
 from giantsteps.experiments.harness import metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
-STEPS = 300  # of digits_flow_smoke
+STEPS = 120
 
 
 def start(workdir, devices: int, *flags: str) -> subprocess.Popen:
@@ -34,6 +34,8 @@ def start(workdir, devices: int, *flags: str) -> subprocess.Popen:
       "--config=digits_flow_smoke",
       f"--workdir={workdir}",
       f"--mesh=data={devices}",
+      f"--set=steps={STEPS}",
+      "--set=eval_every=40",
       *flags,
     ],
     env=os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"},
@@ -106,7 +108,7 @@ def test_sigkill_at_a_random_step_then_restart_is_bit_exact(tmp_path, devices):
   process = start(straight, devices)
   assert process.wait(timeout=300) == 0, said(process)[-2000:]
   process = start(killed, devices)
-  wait_for_step(process, killed, random.randint(45, STEPS - 60))
+  wait_for_step(process, killed, random.randint(25, STEPS - 30))
   while not saved_steps(killed):  # the first save may still be in flight
     time.sleep(0.01)
   process.send_signal(signal.SIGKILL)
