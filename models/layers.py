@@ -12,7 +12,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
+from giantsteps.kernels_pallas import block_attention as blocks
 from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.kernels_pallas.window_attention import (
   streams,
@@ -155,6 +157,31 @@ def attention(
   tree = [jnp.moveaxis(x, 1, 2) for x in (k, v, q)]
   out = partitioning.by_rows_and_heads(own, check_vma=False)(tree)
   return jnp.moveaxis(out, 1, 2)
+
+
+def block_attention(
+  q: jax.Array, k: jax.Array, v: jax.Array, limits: jax.Array
+) -> jax.Array:
+  """`kernels_pallas.block_attention`; on a mesh each device has its rows and
+  heads, if the axis "model" divides those of the keys.
+
+  Args:
+    q: [B, T, H, K].
+    k, v: [B, S, G, K].
+    limits: [B, T] int32; query t sees the keys below limits[:, t].
+  """
+  mesh = partitioning.automatic_mesh()
+  parts = 1 if mesh is None else mesh.shape.get("model", 1)
+  if mesh is None or mesh.size == 1 or k.shape[2] % parts:
+    return blocks.block_attention(q, k, v, limits)
+  rows = partitioning.row_axes(mesh, q.shape[0])
+  heads = P(rows, None, partitioning.model_axis(mesh, k.shape[2]))
+  return jax.shard_map(
+    blocks.block_attention,
+    in_specs=(heads, heads, heads, P(rows)),
+    out_specs=heads,
+    check_vma=False,  # the kernel does not say along what its results differ
+  )(q, k, v, limits)
 
 
 class ShortConv(nn.Module):

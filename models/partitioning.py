@@ -103,8 +103,11 @@ def shardings(state: Any, params: Any, places: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(leaf, state)
 
 
-def constrain_rows(x: jax.Array) -> jax.Array:
-  """x [B, ...], its rows over the batch axes and the rest whole.
+def constrain_rows(
+  x: jax.Array, axis: int = 0, heads: int | None = None
+) -> jax.Array:
+  """x with its rows (`axis`) over the batch axes and the rest whole, or its
+  axis `heads` over `model`, as far as the mesh divides them.
 
   Without it the partitioner may move the activations to where the weights
   are. Does nothing where no mesh is set (`jax.sharding.use_abstract_mesh`) and
@@ -113,8 +116,11 @@ def constrain_rows(x: jax.Array) -> jax.Array:
   mesh = automatic_mesh()
   if mesh is None:
     return x
-  rows = P(row_axes(mesh, x.shape[0]), *[None] * (x.ndim - 1))
-  return jax.lax.with_sharding_constraint(x, rows)
+  places: list[Any] = [None] * x.ndim
+  places[axis] = row_axes(mesh, x.shape[axis])
+  if heads is not None:
+    places[heads] = model_axis(mesh, x.shape[heads])
+  return jax.lax.with_sharding_constraint(x, P(*places))
 
 
 def by_rows_and_heads(function: Callable, check_vma: bool = True) -> Callable:
@@ -136,8 +142,7 @@ def by_rows_and_heads(function: Callable, check_vma: bool = True) -> Callable:
     if mesh is None or mesh.size == 1:
       return function(tree)
     rows, heads = jax.tree.leaves(tree)[0].shape[:2]
-    split = mesh.shape.get("model", 1) > 1 and heads % mesh.shape["model"] == 0
-    place = P(row_axes(mesh, rows), "model" if split else None)
+    place = P(row_axes(mesh, rows), model_axis(mesh, heads))
     return jax.shard_map(
       function, in_specs=(place,), out_specs=place, check_vma=check_vma
     )(tree)
@@ -151,6 +156,12 @@ def row_axes(mesh: AbstractMesh, rows: int) -> tuple[str, ...] | None:
   axes = batch_axes(mesh)
   parts = math.prod(mesh.shape[axis] for axis in axes)
   return None if rows % parts else axes
+
+
+def model_axis(mesh: AbstractMesh, size: int) -> str | None:
+  """ "model", if the mesh has such an axis and it divides `size`."""
+  parts = mesh.shape.get("model", 1)
+  return "model" if parts > 1 and size % parts == 0 else None
 
 
 def gather_layer(block: type[nn.Module], name: str) -> type[nn.Module]:

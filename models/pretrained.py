@@ -102,6 +102,35 @@ def load(
   return config, traverse_util.unflatten_dict(params, sep="/")
 
 
+def shapes(
+  directory: str | os.PathLike, *, dtype: str = "bfloat16", mesh: Mesh | None
+) -> tuple[transformer.Config, dict]:
+  """What `load` returns, for programs that are compiled and not run.
+
+  Args:
+    directory: holds config.json; nothing else is read.
+    dtype, mesh: as of `load`; the mesh may be of devices that are not here.
+
+  Returns:
+    The shape, and `jax.ShapeDtypeStruct` in place of parameters.
+
+  Raises:
+    FolderError, ValueError: as `load`, for config.json and dtype.
+  """
+  if dtype not in _DTYPES:
+    raise ValueError(f"dtype={dtype!r}: one of {', '.join(_DTYPES)}")
+  raw = safetensors_folder.read_json(pathlib.Path(directory) / _CONFIG)
+  config = families.read(raw)[1]
+  config = dataclasses.replace(config, dtype=dtype, param_dtype=dtype)
+  params = {}
+  for path, shape in _shapes(config).items():
+    place = None
+    if mesh is not None:
+      place = NamedSharding(mesh, partitioning.spec(path, shape, mesh))
+    params[path] = jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+  return config, traverse_util.unflatten_dict(params, sep="/")
+
+
 def save(
   directory: str | os.PathLike,
   config: transformer.Config,

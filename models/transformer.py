@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from giantsteps.kernels_pallas.block_attention import block_attention
-from giantsteps.models import kv_cache, layers, moe, partitioning
+from giantsteps.kernels_pallas.unmask_stats import Stats
+from giantsteps.models import kv_cache, layers, moe, partitioning, token_stats
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -323,7 +323,7 @@ class Block(nn.Module):
     if limits is None:
       out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
     else:
-      out = block_attention(q, k, v, limits)
+      out = layers.block_attention(q, k, v, limits)
     out = out.reshape(-1, cfg.num_heads * cfg.head_dim)
     return self._out(out, "o").reshape(x.shape), cache
 
@@ -417,12 +417,38 @@ class Bound:
       raise ValueError(f"{type(self.module).__name__} of this config: no cache")
     cfg = self.module.config  # pyright: ignore[reportAttributeAccessIssue]
     shape = (cfg.depth, rows, slots, cfg.num_kv_heads, cfg.head_dim)
-    return kv_cache.Cache(*(jnp.zeros(shape, cfg.dtype) for _ in "kv"))
+    place = lambda x: partitioning.constrain_rows(x, axis=1, heads=3)
+    return kv_cache.Cache(*(place(jnp.zeros(shape, cfg.dtype)) for _ in "kv"))
 
   @property
   def embedding(self) -> jax.Array:
     """[V, D] in the parameters' dtype."""
     return self.params["embed"]["embedding"][: self.vocab_size]
+
+  def unmask_stats(
+    self,
+    hidden: jax.Array,
+    bias: jax.Array | None = None,
+    temperature: jax.Array | None = None,
+    seeds: jax.Array | None = None,
+  ) -> Stats:
+    """What a decoder needs of the logits, see `token_stats.unmask_stats`.
+
+    Args:
+      hidden: [T, D], of `extend` or `forward`.
+      bias, temperature, seeds: [V], [T] and [T, 2], or None.
+    """
+    tied = "head" not in self.params
+    head = self.params["embed"]["embedding"] if tied else self.params["head"]
+    return token_stats.unmask_stats(
+      hidden,
+      head,
+      bias,
+      temperature,
+      seeds,
+      transposed=tied,
+      size=self.vocab_size,
+    )
 
   def extend(
     self,

@@ -13,6 +13,7 @@ class Chip(NamedTuple):
   Attributes:
     flops: of bfloat16 products, per second.
     memory: bytes of HBM.
+    bandwidth: of HBM, bytes per second.
     link: bytes per second of one link of the network, one way; a chip has
       two per side of its torus.
     clock: Hz.
@@ -21,6 +22,7 @@ class Chip(NamedTuple):
 
   flops: float
   memory: float
+  bandwidth: float
   link: float
   clock: float
   topologies: tuple[str, ...]
@@ -32,9 +34,9 @@ _SOLID = (*_SOLID, "8x8x8", "8x8x16", "8x16x16")
 GIB = 2.0**30
 
 CHIPS = {
-  "v5e": Chip(197e12, 16 * GIB, 45e9, 1.5e9, _FLAT),
-  "v5p": Chip(459e12, 95 * GIB, 90e9, 1.75e9, _SOLID),
-  "v6e": Chip(920e12, 32 * GIB, 90e9, 1.75e9, _FLAT),
+  "v5e": Chip(197e12, 16 * GIB, 819e9, 45e9, 1.5e9, _FLAT),
+  "v5p": Chip(459e12, 95 * GIB, 2765e9, 90e9, 1.75e9, _SOLID),
+  "v6e": Chip(920e12, 32 * GIB, 1640e9, 90e9, 1.75e9, _FLAT),
 }
 
 

@@ -87,7 +87,7 @@ def lower(
 ) -> Step:
   """As `compile_step`, up to the compiler."""
   cfg = config_lib.load(config, [*overrides, "steps_per_dispatch=1"])
-  count = _count(topology)
+  count = num_chips(topology)
   sizes = mesh_lib.parse(mesh) if mesh else {"data": count}
   if math.prod(sizes.values()) != count:
     raise config_lib.InputError(
@@ -117,7 +117,7 @@ def lower(
   )
 
 
-def _count(topology: str) -> int:
+def num_chips(topology: str) -> int:
   """Chips of a topology, or InputError with those that are known."""
   known = chips_lib.known()
   if topology not in known:
@@ -154,10 +154,10 @@ def report(step: Step) -> dict[str, Any]:
   """Compiles the step and describes it; plain JSON, bytes per chip and step."""
   chip = chips_lib.CHIPS[step.topology.partition(":")[0]]
   parts = {
-    "parameters": _bytes(step.state.params),
-    "optimizer": _bytes(step.state.opt_state),
-    "average": _bytes(step.state.ema),
-    "batch": _bytes(step.batches),
+    "parameters": num_bytes(step.state.params),
+    "optimizer": num_bytes(step.state.opt_state),
+    "average": num_bytes(step.state.ema),
+    "batch": num_bytes(step.batches),
   }
   out: dict[str, Any] = {
     "chips": step.mesh.size,
@@ -174,7 +174,7 @@ def report(step: Step) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return out | {"fits": False, "compiler": _one_line(error)}
+    return out | {"fits": False, "compiler": one_line(error)}
   out["compile_seconds"] = time.perf_counter() - start
   memory = compiled.memory_analysis()
   assert memory is not None
@@ -190,11 +190,11 @@ def report(step: Step) -> dict[str, Any]:
   except jax.errors.JaxRuntimeError as error:
     out["blocked"].append(
       "collectives and network: jaxlib cannot read the text of this program "
-      f"({_one_line(error)}); memory is right, take collectives from v5e"
+      f"({one_line(error)}); memory is right, take collectives from v5e"
     )
     return out | {"seconds": seconds, "dominates": "products"}
   found = collectives.parse(text)
-  seconds["network"] = _network_seconds(found, step.topology)
+  seconds["network"] = network_seconds(found, step.topology)
   out["dominates"] = max(seconds, key=lambda name: seconds[name])
   seconds["schedule"] = collectives.cycles(text) / chip.clock
   return out | {"seconds": seconds, "collectives": [*map(_per_step, found)]}
@@ -222,11 +222,11 @@ def _per_step(c: collectives.Collective) -> dict[str, Any]:
   }
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
   return " ".join(str(error).split())[:250]
 
 
-def _network_seconds(
+def network_seconds(
   found: Sequence[collectives.Collective], topology: str
 ) -> float:
   """Time of the ring algorithms at full speed, one collective after another.
@@ -317,7 +317,7 @@ def _description(cfg: config_lib.Config) -> dict:
   return data.load(cfg.data).description
 
 
-def _bytes(tree: Any) -> int:
+def num_bytes(tree: Any) -> int:
   """Bytes on one chip."""
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize

@@ -521,7 +521,7 @@ def _plan(
         f"temperature={temperature}, confidence={rule.confidence!r}: give a key"
       )
     keys = _row_keys(key, streams)
-  size = model.head.shape[1]
+  size = state.head_shape(model)[1]
   for name, ids in (("forbidden", banned), ("late", late), ("eos_token", eos)):
     for x in ids or ():
       if not 0 <= x < size:
@@ -611,7 +611,7 @@ def _check_prompts(
     raise ValueError(f"prompt_lengths has {bad}: expected 0..{width} (= P)")
   if num_tokens < 1:
     raise ValueError(f"num_tokens={num_tokens}: at least 1")
-  size = model.head.shape[1]
+  size = state.head_shape(model)[1]
   inside = np.arange(width)[None] < lengths[:, None]
   wrong = inside & ((prompts < 0) | (prompts >= size))
   if wrong.any():

@@ -46,10 +46,25 @@ class Policy(NamedTuple):
   ragged: bool = True
 
   @property
+  def around(self) -> tuple[int, int]:
+    """Positions before and after the active block that a step recomputes."""
+    if self.name == "prefix":
+      return self.shift, max(self.longest - self.block_size, 0)
+    if self.name == "vicinity":
+      return max(self.shift, self.margin), self.margin
+    # of a causal model the last output scores what is not asked
+    return self.shift, -self.shift if self.causal else 0
+
+  @property
   def must_reread(self) -> bool:
     """Whether a block is read once more when it is final, for its keys."""
     alone = self.causal and self.shift and self.block_size == 1
     return self.name == "block" and not alone
+
+
+def group_size(batch: int, slots: int) -> int:
+  """Rows whose cache is filled in one pass."""
+  return max(1, min(batch, _TOKENS // slots))
 
 
 class Rows(NamedTuple):
@@ -110,13 +125,7 @@ def look(
   assert due is not None
   guided = guidance is not None
   hidden, cache = _refresh(model, call, rows, cache, due, policy, guided)
-  before, after = policy.shift, 0
-  if policy.name == "prefix":
-    after = max(policy.longest - size, 0)
-  elif policy.name == "vicinity":
-    before, after = max(before, policy.margin), policy.margin
-  elif policy.causal:
-    after = -policy.shift  # the last output scores what is not asked
+  before, after = policy.around
   place = jnp.arange(-before, size + after)
 
   def window(cache):
@@ -135,7 +144,7 @@ def _refresh(model, call, rows, cache, due, policy, guided):
   together, and no row's numbers depend on its neighbours.
   """
   batch, slots = rows.tokens.shape
-  group = max(1, min(batch, _TOKENS // slots))
+  group = group_size(batch, slots)
   pick = jnp.arange(policy.block_size)[None] - policy.shift
 
   def some(due):

@@ -21,6 +21,7 @@ class Model(Protocol):
 
   A model that can mix rows of different length and keep a cache says so with
   `ragged` = True and takes `limits` and `cache`: models/transformer.py `Bound`.
+  One that has a method `unmask_stats` reads its head itself.
   """
 
   @property
@@ -33,6 +34,11 @@ class Model(Protocol):
   ) -> tuple[jax.Array, Any]:
     """tokens [B, T] int32 -> hidden [B, T, D] and the cache."""
     ...
+
+
+def head_shape(model: Model) -> tuple[int, int]:
+  """(D, V), without the head, which a model may have to copy."""
+  return jax.eval_shape(lambda model: model.head, model).shape
 
 
 class State(NamedTuple):
@@ -279,7 +285,7 @@ def _leave(model, state, may, touched, plan, static):
 
 def _memory(model, plan, rows, size):
   """Of the rule, at the entry of a block."""
-  return rule_memory.memory(plan.rule, rows, size, model.head.shape[0])
+  return rule_memory.memory(plan.rule, rows, size, head_shape(model)[0])
 
 
 def _num_blocks(plan: Plan, block_size: int) -> jax.Array:
@@ -298,10 +304,9 @@ def _leftmost_block(state: State, plan: Plan, block_size: int) -> jax.Array:
 def _stats(model, hidden, index, eligible, state, plan, static):
   """Statistics of the window's logits, [B, W] each, and the rule's memory."""
   rows, size, width = hidden.shape
-  head = model.head
   bias = None
   if plan.banned is not None:
-    bias = jnp.zeros(head.shape[1], jnp.float32)
+    bias = jnp.zeros(head_shape(model)[1], jnp.float32)
     bias = bias.at[plan.banned].set(-jnp.inf, mode="drop")
   seeds = temperature = None
   if plan.temperature is not None:
@@ -315,11 +320,11 @@ def _stats(model, hidden, index, eligible, state, plan, static):
   flat = hidden.reshape(-1, width)
   memory = state.memory
   if static.transform is None and not rule_memory.wants_logits(plan.rule):
-    stats = unmask_stats(
-      flat, head, bias=bias, temperature=temperature, seeds=seeds
-    )
+    own = getattr(model, "unmask_stats", None)
+    look = own or functools.partial(unmask_stats, head=model.head)
+    stats = look(flat, bias=bias, temperature=temperature, seeds=seeds)
   else:
-    logits = reference.project(flat, head)
+    logits = reference.project(flat, model.head)
     if bias is not None:
       logits += bias[None]
     if rule_memory.wants_logits(plan.rule):

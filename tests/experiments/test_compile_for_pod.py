@@ -115,7 +115,7 @@ def test_a_ring_uses_the_sides_that_its_group_needs():
     one = collectives.Collective(
       "all-gather", "f32", 90e9, 0, group, 1, False, ""
     )
-    return pod._network_seconds([one], "v5e:4x8")
+    return pod.network_seconds([one], "v5e:4x8")
 
   # 90 GB, all but the own part of 1/n, over 2 or 4 links of 45 GB/s
   assert seconds(8) == pytest.approx(7 / 8)
