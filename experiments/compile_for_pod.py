@@ -80,33 +80,44 @@ def main() -> int:
     raise config_lib.InputError(
       "give --config, to be trained, or --model, to be decoded"
     )
-  asked = _CONFIG.value, _TOPOLOGY.value, _MESH.value
-  found: Any
   if _MODEL.value is not None:
-    batch = decode_pod.Batch(
-      rows=_ROWS.value,
-      prompt_length=_PROMPT.value,
-      num_tokens=_TOKENS.value,
-      block_size=_BLOCK.value,
-      cache=_CACHE.value,
-    )
-    found = decode_pod.describe(_MODEL.value, *asked[1:], batch, _DTYPE.value)
-    print(decode_pod.words(found))
-    fits = found["fits"]
+    found, text = _decoding(_MODEL.value)
   elif _TABLE.value:
-    tell = lambda row: logging.info("%s\n%s", row["overrides"], pod.words(row))
-    found = pod.compare(*asked, _SET.value, tell)
-    print(pod.table(found))
-    fits = True
+    found, text = _table(_CONFIG.value)
   else:
-    more = _ACCUMULATE.value
-    more = [f"accumulate={more}"] if more is not None else []
-    found = pod.describe(*asked, [*_SET.value, *more])
-    print(pod.words(found))
-    fits = found["fits"]
+    found, text = _training(_CONFIG.value)
+  print(text)
   if path:
     path.write_text(json.dumps(found, indent=2) + "\n")
-  return 0 if fits else 1
+  return 0 if isinstance(found, list) or found["fits"] else 1
+
+
+def _decoding(folder: str) -> tuple[Any, str]:
+  batch = decode_pod.Batch(
+    rows=_ROWS.value,
+    prompt_length=_PROMPT.value,
+    num_tokens=_TOKENS.value,
+    block_size=_BLOCK.value,
+    cache=_CACHE.value,
+  )
+  chips = _TOPOLOGY.value, _MESH.value
+  found = decode_pod.describe(folder, *chips, batch, _DTYPE.value)
+  return found, decode_pod.words(found)
+
+
+def _table(config: Any) -> tuple[Any, str]:
+  tell = lambda row: logging.info("%s\n%s", row["overrides"], pod.words(row))
+  chips = _TOPOLOGY.value, _MESH.value
+  found = pod.compare(config, *chips, _SET.value, tell)
+  return found, pod.table(found)
+
+
+def _training(config: Any) -> tuple[Any, str]:
+  more = _ACCUMULATE.value
+  more = [f"accumulate={more}"] if more is not None else []
+  chips = _TOPOLOGY.value, _MESH.value
+  found = pod.describe(config, *chips, [*_SET.value, *more])
+  return found, pod.words(found)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,3 @@ def put(
     return old.at[layer, row, place].set(new, mode="drop")
 
   return Cache(write(cache.keys, k), write(cache.values, v))
-
-
-def layer(
-  cache: Cache, index: jax.Array, dtype: jax.typing.DTypeLike
-) -> tuple[jax.Array, jax.Array]:
-  """Keys and values of one layer, [B, S, G, K] each."""
-  take = lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, keepdims=False)
-  return take(cache.keys).astype(dtype), take(cache.values).astype(dtype)

@@ -160,28 +160,34 @@ def attention(
 
 
 def block_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, limits: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  limits: jax.Array,
+  layer: jax.Array | None = None,
 ) -> jax.Array:
   """`kernels_pallas.block_attention`; on a mesh each device has its rows and
   heads, if the axis "model" divides those of the keys.
 
   Args:
     q: [B, T, H, K].
-    k, v: [B, S, G, K].
+    k, v: [B, S, G, K], or with `layer`, [] int, [L, B, S, G, K].
     limits: [B, T] int32; query t sees the keys below limits[:, t].
   """
+  operands = q, k, v, limits, layer
   mesh = partitioning.automatic_mesh()
   parts = 1 if mesh is None else mesh.shape.get("model", 1)
-  if mesh is None or mesh.size == 1 or k.shape[2] % parts:
-    return blocks.block_attention(q, k, v, limits)
+  if mesh is None or mesh.size == 1 or k.shape[-2] % parts:
+    return blocks.block_attention(*operands)
   rows = partitioning.row_axes(mesh, q.shape[0])
-  heads = P(rows, None, partitioning.model_axis(mesh, k.shape[2]))
+  heads = P(rows, None, partitioning.model_axis(mesh, k.shape[-2]))
+  cache = heads if layer is None else P(None, *heads)
   return jax.shard_map(
     blocks.block_attention,
-    in_specs=(heads, heads, heads, P(rows)),
+    in_specs=(heads, cache, cache, P(rows), P()),
     out_specs=heads,
     check_vma=False,  # the kernel does not say along what its results differ
-  )(q, k, v, limits)
+  )(*operands)
 
 
 class ShortConv(nn.Module):

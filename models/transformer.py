@@ -319,11 +319,11 @@ class Block(nn.Module):
     q, k = layers.rotate(q, angle), layers.rotate(k, angle)
     if cache is not None:
       cache = kv_cache.put(cache, layer, positions, k, v)
-      k, v = kv_cache.layer(cache, layer, q.dtype)
-    if limits is None:
-      out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
-    else:
+      out = layers.block_attention(q, *cache, limits, layer)
+    elif limits is not None:
       out = layers.block_attention(q, k, v, limits)
+    else:
+      out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
     out = out.reshape(-1, cfg.num_heads * cfg.head_dim)
     return self._out(out, "o").reshape(x.shape), cache
 

@@ -79,7 +79,7 @@ def compile_step(
     jax.errors.JaxRuntimeError: what the compiler says; RESOURCE_EXHAUSTED if
       the step does not fit.
   """
-  return _compile(lower(config, topology, mesh, overrides))
+  return run_compiler(lower(config, topology, mesh, overrides).lowered)
 
 
 def lower(
@@ -170,7 +170,7 @@ def report(step: Step) -> dict[str, Any]:
   seconds = {"products": step.flops / chip.flops}
   start = time.perf_counter()
   try:
-    compiled = _compile(step)
+    compiled = run_compiler(step.lowered)
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
@@ -200,11 +200,12 @@ def report(step: Step) -> dict[str, Any]:
   return out | {"seconds": seconds, "collectives": [*map(_per_step, found)]}
 
 
-def _compile(step: Step) -> jax.stages.Compiled:
+def run_compiler(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """`lowered.compile()`, for chips that are not here."""
   with warnings.catch_warnings():
     # a compilation cache cannot hold programs of machines that are not here
     warnings.filterwarnings("ignore", "Error reading persistent compilation")
-    return step.lowered.compile()
+    return lowered.compile()
 
 
 def _per_step(c: collectives.Collective) -> dict[str, Any]:

@@ -7,9 +7,16 @@ from giantsteps.kernels_pallas import precision
 
 
 def block_attention(
-  q: jax.Array, k: jax.Array, v: jax.Array, limits: jax.Array
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  limits: jax.Array,
+  layer: jax.Array | None = None,
 ) -> jax.Array:
   """`block_attention`; forms scores [B, H, T, S]."""
+  if layer is not None:
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
+    k, v = take(k), take(v)
   batch, length, heads, _ = q.shape
   groups = k.shape[2]
   # Queries of a group are rows of one matrix: two batch axes, as XLA's CPU

@@ -36,7 +36,7 @@ def fits(q: jax.Array, k: jax.Array) -> bool:
     and q.dtype.name in ("bfloat16", "float32")
     and q.size > 0
     and k.size > 0
-    and _together(k.shape[2]) * group + shared <= _VMEM
+    and _together(k.shape[-2]) * group + shared <= _VMEM
   )
 
 
@@ -51,6 +51,7 @@ def attention(
   k: jax.Array,
   v: jax.Array,
   limits: jax.Array,
+  layer: jax.Array,
   *,
   blocks: tuning.Blocks | None = None,
   interpret: Any = False,
@@ -58,7 +59,10 @@ def attention(
   """`reference.block_attention` in one kernel.
 
   Args:
-    q, k, v, limits: as of `block_attention`, all bfloat16 or all float32.
+    q: [B, T, H, K] bfloat16 or float32.
+    k, v: [L, B, S, G, K] like q.
+    limits: [B, T] int32.
+    layer: [] int32; the others are not read.
     blocks: see `BLOCKS`; None is as tuned.
     interpret: runs on a CPU, slowly; for tests.
 
@@ -66,7 +70,7 @@ def attention(
     [B, T, H, K] in q.dtype.
   """
   batch, length, heads, width = q.shape
-  slots, groups = k.shape[1:3]
+  slots, groups = k.shape[2:4]
   each = heads // groups
   call = f"{each * length}x{groups}x{width} {q.dtype}"
   sizes = blocks or tuning.blocks("block_attention", call, BLOCKS)
@@ -88,23 +92,26 @@ def attention(
   most = jnp.max(limits.reshape(batch, programs, rows), axis=2)
   needed = jnp.maximum((most + tile - 1) // tile, 1)  # tiles
 
-  def of_queries(b, n, i, j, needed):
+  def of_queries(b, n, i, j, needed, layer):
     return b, n, i, 0
 
-  def of_slots(b, n, i, j, needed):
-    return b, jnp.minimum(j, needed[b, i] - 1), n, 0
+  def of_slots(b, n, i, j, needed, layer):
+    row = layer[0] * batch + b
+    return row, jnp.minimum(j, needed[b, i] - 1), n, 0
 
-  def of_limits(b, n, i, j, needed):
+  def of_limits(b, n, i, j, needed, layer):
     return b, i, 0
 
-  operands = (needed, q, k, v, limits[..., None])
+  layer = jnp.asarray(layer, jnp.int32).reshape(1)
+  k, v = (x.reshape(-1, slots, groups, width) for x in (k, v))
+  operands = (needed, layer, q, k, v, limits[..., None])
   queries = pl.BlockSpec((None, some, rows, width), of_queries)
   cache = pl.BlockSpec((1, tile, some, width), of_slots)
   scores = 2 * batch * heads * length * slots * width
   out = pl.pallas_call(
     functools.partial(_body, scale=width**-0.5, slots=slots),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=1,
+      num_scalar_prefetch=2,
       grid=(batch, groups // some, programs, tiles),
       in_specs=[
         queries,
@@ -132,7 +139,7 @@ def attention(
     cost_estimate=pl.CostEstimate(
       flops=2 * scores,
       transcendentals=scores // (2 * width),
-      bytes_accessed=programs * (k.nbytes + v.nbytes) + 2 * q.nbytes,
+      bytes_accessed=2 * programs * k[:batch].nbytes + 2 * q.nbytes,
     ),
     interpret=interpret,
     name="block_attention",
@@ -142,7 +149,7 @@ def attention(
 
 
 def _body(
-  needed_ref, q_ref, k_ref, v_ref, limits_ref, out_ref,
+  needed_ref, layer_ref, q_ref, k_ref, v_ref, limits_ref, out_ref,
   keys, values, scores, weights, total, peak, mass, shrink,
   *, scale, slots,
 ):  # fmt: skip

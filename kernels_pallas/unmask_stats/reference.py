@@ -78,10 +78,13 @@ def partial(
     hidden, head, bias, temperature, seeds: as of `unmask_stats`.
     offset: [] int32, the token of column 0; None is 0.
     transposed: the head is [V, D].
-    tile: columns per turn of the loop.
+    tile: most columns per turn of the loop.
   """
   axis = 0 if transposed else 1
   size = head.shape[axis]
+  count = -(-size // tile)
+  if count > 1:  # tiles of one size, multiples of what a TPU computes
+    tile = min(tile, -(-size // (128 * count)) * 128)
   tile = min(tile, size)
   column = jnp.arange(tile, dtype=jnp.int32)
 
@@ -103,7 +106,6 @@ def partial(
       noised = logits + temperature[:, None] * random.astype(logits.dtype)
     return summarise(logits, noised, token)
 
-  count = -(-size // tile)
   if count == 1:
     return part(0, 0)
 

@@ -79,6 +79,10 @@ def partial(
   """
   total, depth = hidden.shape
   vocabulary = head.shape[0 if transposed else 1]
+  if not transposed and vocabulary % 128 and depth % 128 == 0:
+    # The side that is whole tiles is the one XLA lays along the lanes of an
+    # argument: so turned no copy of the head is made.
+    head, transposed = head.T, True
   call = f"{depth}x{vocabulary} {hidden.dtype}"
   sizes = blocks or tuning.blocks("unmask_stats", call, BLOCKS)
   rows, width = _fitting(hidden, head, sizes)

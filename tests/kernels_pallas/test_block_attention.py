@@ -53,9 +53,14 @@ def attended(q, k, v, limits):
 
 
 by_xla = jax.jit(functools.partial(block_attention, implementation="xla"))
-by_kernel = jax.jit(
-  functools.partial(tpu.attention, blocks=TILES, interpret=True)
-)
+
+
+def alone(q, k, v, limits, **how):
+  """The kernel on a cache of one layer."""
+  return tpu.attention(q, k[None], v[None], limits, jnp.int32(0), **how)
+
+
+by_kernel = jax.jit(functools.partial(alone, blocks=TILES, interpret=True))
 
 # batch, queries, slots, heads, groups, width, dtype
 CASES = (
@@ -76,6 +81,18 @@ def test_parity(case):
   # weights and the result are rounded to the dtype once each
   assert plain <= 2 * floor
   assert found <= max(1.5 * plain, floor)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas_tpu"])
+def test_one_of_several_layers(implementation):
+  q, k, v, limits = problem(1, 5, 200, 6, 3, 64, "bfloat16")
+  others = jnp.full_like(k, jnp.nan)
+  stacks = [jnp.stack([others, x, others]) for x in (k, v)]
+  with pltpu.force_tpu_interpret_mode():
+    attend = functools.partial(block_attention, implementation=implementation)
+    found = jax.jit(attend)(q, *stacks, limits, jnp.int32(1))
+  want = attended(q, k, v, limits)
+  assert harness.relative_error(found, want)[0] < 1e-2
 
 
 def test_block_causal_and_causal_limits():
@@ -142,7 +159,7 @@ def test_none_takes_the_kernel_where_it_pays(slots, dtype, kernel):
 def test_no_race_no_bound_nothing_unset():
   # Three groups: the strict interpreter knows no 32-bit words of bfloat16.
   operands = problem(2, 6, 200, 12, 3, 64, "bfloat16")
-  kernel = functools.partial(tpu.attention, blocks=TILES)
+  kernel = functools.partial(alone, blocks=TILES)
   found = harness.run_checked(kernel, *operands)
   assert harness.relative_error(found, attended(*operands))[0] < 1e-2
 
