@@ -9,7 +9,7 @@ import numpy as np
 from giantsteps.kernels_pallas import precision
 from giantsteps.kernels_pallas.unmask_stats import noise
 
-TILE = 4096  # columns of the head per turn of the loop
+TILE = 8192  # columns of the head per turn of the loop
 
 
 class Stats(NamedTuple):
