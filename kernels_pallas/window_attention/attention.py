@@ -30,9 +30,10 @@ def window_attention(
     v: [B, S, G, K].
     causal: query i sees keys j <= i.
     window: query i sees keys |i - j| < window; None is unlimited.
-    mask: a hashable function of positions, queries [T, 1] and keys [1, S] in
-      NumPy or JAX, that says which are seen, [T, S] bool; at least one by
-      each query. With one, neither causal nor a window.
+    mask: a hashable function of positions, queries [T, 1] and keys [1, S] or
+      both of one shape, that says which are seen, [T, S] bool; at least one by
+      each query. Part of the kernel: lax.rem and lax.div, not % and //, which
+      ask for the sign. With one, neither causal nor a window.
     implementation: "xla", "pallas_tpu" (bfloat16 and float32; JAX's splash
       attention), or None: on TPUs the kernel where `has_kernel`, else XLA,
       also on GPUs. The kernel has no forward mode: where it may be chosen

@@ -34,8 +34,8 @@ class _Computed(splash_attention.Mask):
     return (len(self.q_sequence),) * 2
 
   def __getitem__(self, index: tuple[slice, slice]) -> np.ndarray:
-    query, key = (self.q_sequence[part] for part in index)
-    return np.asarray(self.mask_function(query[:, None], key[None]))  # pyright: ignore[reportArgumentType]
+    query, key = (jnp.asarray(self.q_sequence[part]) for part in index)
+    return np.asarray(self.mask_function(query[:, None], key[None]))
 
 
 def fits(

@@ -38,9 +38,10 @@ class Visible:
 
   def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
     """Places [T, 1] and [1, S] in 0 .. 2 L - 1 -> [T, S] bool."""
-    start = query - query % self.block_size  # of the block, in the same half
+    # of the block, in the same half and in the clean one
+    start = query - jax.lax.rem(query, self.block_size)
+    clean = jax.lax.rem(start, self.length) + self.length
     own = (key >= start) & (key < start + self.block_size)
-    clean = start % self.length + self.length  # of the block, in the clean half
     return own | (key >= self.length) & (key < clean)
 
 
