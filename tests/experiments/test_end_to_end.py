@@ -65,6 +65,25 @@ def test_train_and_generate_text(tmp_path, config):
   assert row["exactness"] == ("greedy" if "ar" in config else "approximate")
 
 
+def test_train_and_generate_blocks(tmp_path):
+  source = tmp_path / "text.py"
+  source.write_text("def f(x):\n  return x + 1\n\n" * 700)
+  work = tmp_path / "run"
+  call(
+    *("train", "--config=code_blocks_smoke", f"--workdir={work}"),
+    *(f"--set=data.source=text:{source}", "--set=data.seq_len=64"),
+  )
+  rows = [json.loads(r) for r in (work / "metrics.jsonl").open()]
+  assert rows[-1]["held_out_bits_per_byte"] < 4
+  flags = [f"--workdir={work}", "--prompt=def f", "--num_tokens=30"]
+  call("generate", *flags, "--threshold=0.5")
+  call("generate", *flags, "--threshold=0.5", "--cache=none")
+  cached, plain = map(json.loads, (work / "generated.jsonl").open())
+  assert cached["text"] == plain["text"]  # the default cache is exact
+  # it reads each of the blocks 0..7, 8..15, .., 32..34 but the last once more
+  assert cached["forwards"] == plain["forwards"] + 4 <= 34
+
+
 @pytest.mark.slow
 def test_train_and_measure_views(tmp_path):
   call("train", "--config=novel_views_smoke", f"--workdir={tmp_path}")
