@@ -472,10 +472,9 @@ class Bound:
   ) -> jax.Array:
     """The module's own outputs [B, T, D], before any shift; a mask as of
     `Transformer.__call__`."""
-    masked = {} if mask is None else {"mask": mask}
-    out = self.module.apply(
-      {"params": self.params}, tokens, positions, **masked
-    )
+    masked = {} if mask is None else {"mask": typing.cast(typing.Any, mask)}
+    variables = {"params": self.params}
+    out = self.module.apply(variables, tokens, positions, **masked)
     return typing.cast(jax.Array, out)
 
   def forward(

@@ -47,7 +47,8 @@ def rows(seed=0, count=2, share=0.6):
   clean = rng.integers(MASK, size=(count, LENGTH)).astype(np.int32)
   masked = rng.uniform(size=clean.shape) < share
   masked[:, 0] = False
-  return jnp.asarray(clean), np.where(masked, MASK, clean), jnp.asarray(masked)
+  noisy = np.where(masked, MASK, clean)
+  return jnp.asarray(clean), jnp.asarray(noisy), jnp.asarray(masked)
 
 
 @functools.partial(jax.jit, static_argnums=3)

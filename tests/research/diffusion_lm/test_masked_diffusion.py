@@ -73,14 +73,17 @@ class ShiftTest(parameterized.TestCase):
       nats = np.log(np.exp(row).sum()) - row[self.tokens[b, i]]
       pretrain += nats / self.p[b, i] / (3 * 6)
       sft += nats / self.p[b, i] / (7 - self.lengths[b]) / 3
-    arrays = self.logits, self.tokens, self.masked, self.p
     with jax.enable_x64(True):
+      logits, tokens, masked, p, lengths = map(
+        jnp.asarray,
+        (self.logits, self.tokens, self.masked, self.p, self.lengths),
+      )
       got = masked_diffusion.pretrain_loss(
-        *map(jnp.asarray, arrays), shift=True
+        logits, tokens, masked, p, shift=True
       )
       np.testing.assert_allclose(got, pretrain, rtol=1e-12)
       got = masked_diffusion.sft_loss(
-        *map(jnp.asarray, (*arrays, self.lengths)), shift=True
+        logits, tokens, masked, p, lengths, shift=True
       )
       np.testing.assert_allclose(got, sft, rtol=1e-12)
 
