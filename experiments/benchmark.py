@@ -353,6 +353,11 @@ def _trained(workdir: pathlib.Path) -> dict:
       f"--suite {_SUITE.value} does not fit the model of task {cfg.task!r} in "
       f"--workdir {workdir}"
     )
+  if cfg.block_size:
+    raise config_lib.InputError(
+      f"--suite text fills whole rows, the model in --workdir {workdir} was "
+      f"trained on blocks of {cfg.block_size}: use generate"
+    )
   dataset = tasks_lib.load_data(cfg)
   task = tasks_lib.build(cfg, description)
   state = training.restore(workdir, cfg, task, mesh_lib.make({}))

@@ -66,7 +66,11 @@ _TOKENS = flags.DEFINE_integer(
   "num_tokens", 64, "Tokens to write.", lower_bound=1
 )
 _BLOCK = flags.DEFINE_integer(
-  "block_size", 32, "Masked models: tokens per block.", lower_bound=1
+  "block_size",
+  None,
+  "Masked models: tokens per block; by default what the model was trained on, "
+  "or 32.",
+  lower_bound=1,
 )
 # What each rule does with --threshold, and its value where none is given.
 _RULES = {
@@ -98,8 +102,8 @@ _CACHE = flags.DEFINE_enum(
   None,
   list(kv_cache.NAMES),
   "Keys and values that are kept. By default what is exact: block for "
-  "transformers that predict the next token, else none; prefix and dual are "
-  "fast and approximate.",
+  "transformers that predict the next token or were trained on blocks, else "
+  "none; prefix and dual are fast and approximate.",
 )
 _REFRESH = flags.DEFINE_integer(
   "refresh_every", 8, "Of --cache refresh, in forward passes.", lower_bound=1
@@ -125,6 +129,7 @@ class _Source(NamedTuple):
     tokens: its texts.
     causal: predicts the next token and nothing else.
     max_length: tokens that a text may have, None: unknown.
+    block_size: of the training, a block sees those before it; 0: whole rows.
     step: of the training run.
     log: file that a line per text is added to.
   """
@@ -133,6 +138,7 @@ class _Source(NamedTuple):
   tokens: tokens_lib.Tokens
   causal: bool
   max_length: int | None
+  block_size: int = 0
   step: int | None = None
   log: pathlib.Path | None = None
 
@@ -151,7 +157,8 @@ def main() -> int:
     prompts,
     lengths,
     num_tokens=_TOKENS.value,
-    block_size=min(_BLOCK.value, _TOKENS.value),
+    block_size=_block_size(source),
+    block_causal=True if source.block_size else None,
     rule=_rule(source.causal),
     mask_token=None if source.causal else source.tokens.mask,
     cache=_cache(source),
@@ -207,6 +214,7 @@ def _trained(folder: str) -> _Source:
     tokens_lib.utf8(None if causal else tasks_lib.mask_token(cfg)),
     causal,
     cfg.data.seq_len,
+    cfg.block_size,
     int(state.step),
     workdir / "generated.jsonl",
   )
@@ -255,6 +263,18 @@ def _rule(causal: bool):
   return make(value if _THRESHOLD.value is None else _THRESHOLD.value)
 
 
+def _block_size(source: _Source) -> int:
+  trained, wanted = source.block_size, _BLOCK.value
+  if not trained:
+    return min(wanted or 32, _TOKENS.value)
+  if wanted not in (None, trained):
+    raise config_lib.InputError(
+      f"--block_size={wanted}: this model was trained on blocks of {trained}, "
+      "leave the flag out"
+    )
+  return trained
+
+
 def _cache(source: _Source) -> str:
   if _CACHE.value is not None:
     if _CACHE.value != "none" and not source.model.ragged:
@@ -263,7 +283,8 @@ def _cache(source: _Source) -> str:
         "short convolutions and LaCT have none here), leave the flag out"
       )
     return _CACHE.value
-  return "block" if source.causal and source.model.ragged else "none"
+  exact = source.causal or source.block_size
+  return "block" if exact and source.model.ragged else "none"
 
 
 def _show(source: _Source, start: int):

@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 from giantsteps.kernels_pallas import block_attention as blocks
 from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.kernels_pallas.window_attention import (
+  Mask,
   streams,
   window_attention,
 )
@@ -122,6 +123,7 @@ def attention(
   *,
   causal: bool,
   window: int | None = None,
+  mask: Mask | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Softmax attention with scale 1/sqrt(K); softmax in float32.
@@ -132,17 +134,19 @@ def attention(
     v: [B, S, G, K].
     causal: query i sees keys j <= i.
     window: query i sees keys |i - j| < window; None is unlimited.
-    implementation: as of `window_attention`.
+    mask, implementation: as of `window_attention`.
 
   Returns:
     [B, T, H, K] in q.dtype, in 4 B T S H K FLOPs; with a window below T / 3
     only the keys within reach count, S = 2 or 3 windows. Scores [B, H, T, S]
-    are formed whole up to 256 MB; with a window more of them are streamed.
+    are formed whole up to 256 MB; with a window or a mask more of them are
+    streamed.
     Long bfloat16 rows take a kernel in programs for TPUs, which has no forward
     mode (`window_attention.has_kernel`).
   """
-  attend = functools.partial(window_attention, causal=causal, window=window)
-  if not streams(q, k, causal=causal, window=window):
+  options = {"causal": causal, "window": window, "mask": mask}
+  attend = functools.partial(window_attention, **options)
+  if not streams(q, k, **options):
     return attend(q, k, v, implementation=implementation)
 
   def own(tree):

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from giantsteps.kernels_pallas.unmask_stats import Stats
+from giantsteps.kernels_pallas.window_attention import Mask
 from giantsteps.models import kv_cache, layers, moe, partitioning, token_stats
 
 _KERNEL_INIT = nn.initializers.lecun_normal()
@@ -155,18 +156,22 @@ class Transformer(nn.Module):
     tokens: jax.Array,
     positions: jax.Array | None = None,
     valid: jax.Array | None = None,
+    mask: Mask | None = None,
   ) -> jax.Array:
     """tokens [B, T] int32, positions [B, T] int -> [B, T, D] in dtype.
 
-    The output at i has seen token i. Positions count from 0 by default. With
+    The output at i has seen token i. Positions count from 0 by default. A mask
+    says which token sees which (`window_attention`, by their places in the
+    row, whatever their positions) in a model that is not causal. With
     experts, their `moe.Load`, leaves [L, B, E], is sown as "load" into the
     collection "intermediates"; tokens where `valid` [B, T] bool is False
     (padding) are not counted in it. They are seen all the same.
 
     Raises:
-      ValueError: if tokens, positions or valid have another shape.
+      ValueError: if tokens, positions or valid have another shape, or the model
+        takes no mask.
     """
-    return self.extend(tokens, positions, valid)[0]
+    return self.extend(tokens, positions, valid, mask=mask)[0]
 
   @nn.compact
   def extend(
@@ -177,6 +182,7 @@ class Transformer(nn.Module):
     limits: jax.Array | None = None,
     cache: kv_cache.Cache | None = None,
     mix: tuple[jax.Array, jax.Array] | None = None,
+    mask: Mask | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """As `__call__`, for rows of different length and with a cache.
 
@@ -190,6 +196,7 @@ class Transformer(nn.Module):
       cache: keys and values of all positions; None: those of these tokens.
       mix: (weight [B, T], vectors [B, T, D]): the input of a token becomes
         (1 - weight) embedding + weight vector.
+      mask: as of `__call__`, without limits.
 
     Returns:
       [B, T, D] in dtype, and the cache with these tokens' keys and values.
@@ -217,6 +224,14 @@ class Transformer(nn.Module):
       raise ValueError(
         f"window={cfg.window}, short_conv={cfg.short_conv}: limits and caches "
         "are for full attention without convolutions"
+      )
+    if mask is not None and (
+      limits is not None or cfg.causal or not ragged(cfg)
+    ):
+      raise ValueError(
+        f"causal={cfg.causal}, window={cfg.window}, short_conv="
+        f"{cfg.short_conv}: a mask is for full attention without limits, not "
+        "causal, no convolutions"
       )
     if limits is not None:
       positions = jnp.broadcast_to(positions, tokens.shape)
@@ -256,7 +271,7 @@ class Transformer(nn.Module):
       in_axes=(0, *[nn.broadcast] * 4),  # pyright: ignore[reportArgumentType]
       length=cfg.depth,
     )
-    (x, cache), load = stack(cfg, name="layers")(
+    (x, cache), load = stack(cfg, mask, name="layers")(
       (x, cache), jnp.arange(cfg.depth), angle, valid, positions, limits
     )
     if cfg.num_experts:
@@ -272,9 +287,11 @@ class Block(nn.Module):
 
   Attributes:
     config: shape and variant.
+    mask: which token sees which; None: as the config says.
   """
 
   config: Config
+  mask: Mask | None = None
 
   @nn.compact
   def __call__(
@@ -323,7 +340,9 @@ class Block(nn.Module):
     elif limits is not None:
       out = layers.block_attention(q, k, v, limits)
     else:
-      out = layers.attention(q, k, v, causal=cfg.causal, window=cfg.window)
+      out = layers.attention(
+        q, k, v, causal=cfg.causal, window=cfg.window, mask=self.mask
+      )
     out = out.reshape(-1, cfg.num_heads * cfg.head_dim)
     return self._out(out, "o").reshape(x.shape), cache
 
@@ -471,6 +490,19 @@ class Bound:
     )
     return typing.cast(tuple[jax.Array, kv_cache.Cache | None], out)
 
+  def outputs(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    mask: Mask | None = None,
+  ) -> jax.Array:
+    """The module's own outputs [B, T, D], before any shift; a mask as of
+    `Transformer.__call__`."""
+    masked = {} if mask is None else {"mask": typing.cast(typing.Any, mask)}
+    variables = {"params": self.params}
+    out = self.module.apply(variables, tokens, positions, **masked)
+    return typing.cast(jax.Array, out)
+
   def forward(
     self,
     tokens: jax.Array,
@@ -494,11 +526,14 @@ class Bound:
     """
     if cache is not None:
       raise ValueError(f"cache={type(cache).__name__}: extend takes caches")
-    hidden = self.module.apply({"params": self.params}, tokens, positions)
-    assert isinstance(hidden, jax.Array)
-    if self.shift:
-      hidden = jnp.concatenate([hidden[:, :1], hidden[:, :-1]], axis=1)
-    return hidden, None
+    hidden = self.outputs(tokens, positions)
+    return shifted(hidden) if self.shift else hidden, None
+
+
+def shifted(outputs: jax.Array) -> jax.Array:
+  """outputs [B, T, D] that score the next token -> [B, T, D] that score the
+  token of their own position; position 0 repeats the first."""
+  return jnp.concatenate([outputs[:, :1], outputs[:, :-1]], axis=1)
 
 
 def bind(config: Config, params: dict) -> Bound:
@@ -549,12 +584,20 @@ def hidden_and_load(
   params: dict,
   tokens: jax.Array,
   valid: jax.Array | None = None,
+  positions: jax.Array | None = None,
+  mask: Mask | None = None,
 ) -> tuple[jax.Array, moe.Load]:
-  """As `logits_and_load`, before the head: hidden [B, T, D] and the load."""
+  """As `logits_and_load`, before the head: hidden [B, T, D] and the load;
+  positions and mask as of `Transformer.__call__`."""
   if not config.num_experts:
     raise ValueError("num_experts=0: a dense block has no load, use logits")
   hidden, sown = Transformer(config).apply(
-    {"params": params}, tokens, valid=valid, mutable=["intermediates"]
+    {"params": params},
+    tokens,
+    positions,
+    valid,
+    mask,
+    mutable=["intermediates"],
   )
   assert isinstance(hidden, jax.Array)
   (load,) = typing.cast(dict, sown)["intermediates"]["load"]

@@ -121,6 +121,10 @@ class Config:
     model: the `Config` of a module of giantsteps.models; its type names the
       network.
     data, optim, second: see there.
+    block_size: of task masked: blocks of so many tokens are learned, each given
+      those before it (research/diffusion_lm/block_diffusion.py); 0: whole rows.
+    rate_low, rate_high: of task masked: the share of a block, or row, that is
+      masked is drawn between them. Evaluations of blocks draw from 0 to 1.
     seed: of parameters, batches and noise.
     steps: updates in all.
     batch_size: rows per update, all micro-batches and devices together.
@@ -143,6 +147,9 @@ class Config:
   data: Data = Data()
   optim: Optim = Optim()
   second: Stage = Stage()
+  block_size: int = 0
+  rate_low: float = 0.0
+  rate_high: float = 1.0
   seed: int = 0
   steps: int = 2_000
   batch_size: int = 256
@@ -236,6 +243,28 @@ def validate(cfg: Config) -> None:
     )
   if cfg.second.start:
     _check_second(cfg)
+  _check_masking(cfg)
+
+
+def _check_masking(cfg: Config) -> None:
+  low, high, size = cfg.rate_low, cfg.rate_high, cfg.block_size
+  if not 0 <= low < high <= 1:
+    raise InputError(
+      f"rate_low={low}, rate_high={high}: must rise within [0, 1]"
+    )
+  if cfg.task != "masked" and (size, low, high) != (0, 0.0, 1.0):
+    raise InputError(
+      f"block_size={size}, rate_low={low}, rate_high={high}: task "
+      f"{cfg.task!r} masks nothing, leave 0, 0, 1"
+    )
+  lengths = {"data.seq_len": cfg.data.seq_len}
+  if cfg.second.start:
+    lengths["second.seq_len"] = cfg.second.seq_len
+  for name, length in lengths.items():
+    if size and length % size:
+      raise InputError(
+        f"block_size={size}: must divide {name}={length}, or be 0"
+      )
 
 
 def _check_second(cfg: Config) -> None:
@@ -301,6 +330,7 @@ _RANGES = {  # low <= value < high
   "keep_every": (0, _LARGE),
   "optim.warmup": (0, _LARGE),
   "optim.shards": (0, _LARGE),
+  "block_size": (0, _LARGE),
   "second.start": (0, _LARGE),
   "second.seq_len": (0, _LARGE),
   "second.batch_size": (0, _LARGE),

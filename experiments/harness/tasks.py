@@ -19,7 +19,7 @@ from giantsteps.models import (
   transformer,
 )
 from giantsteps.research import flow_maps, large_batch
-from giantsteps.research.diffusion_lm import masked_diffusion
+from giantsteps.research.diffusion_lm import block_diffusion, masked_diffusion
 
 
 class Task(NamedTuple):
@@ -68,7 +68,7 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
     case "flow":
       return flow(cfg, description)
     case "masked":
-      return masked(cfg)
+      return blocks(cfg) if cfg.block_size else masked(cfg)
     case "views":
       return views(cfg)
     case _:
@@ -234,40 +234,108 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
 
 
 def masked(cfg: config_lib.Config) -> Task:
-  """Masked diffusion (LLaDA, research/diffusion_lm)."""
+  """Masked diffusion of whole rows (LLaDA, research/diffusion_lm)."""
   init, module = _language_model(cfg, causal=False)
-  mask = mask_token(cfg)
-
-  def corrupt(batch, key):
-    tokens = batch["tokens"]
-    time, place = jax.random.split(key)
-    rows, length = tokens.shape
-    # Differs from the paper: exactly 1 + floor(t L) bytes of a row are masked,
-    # not each with probability t. The same bound (its equation 6), and a row
-    # that drew few masks weighs no more than the others.
-    t = masked_diffusion.stratified_times(time, rows)
-    counts = jnp.minimum(1 + (t * length).astype(jnp.int32), length)
-    everything = jnp.ones(tokens.shape, bool)
-    hidden = masked_diffusion.exact_count_mask(place, counts, everything)
-    p = jnp.broadcast_to((counts / length)[:, None], tokens.shape)
-    noisy = jnp.where(hidden, mask, tokens)
-    return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
+  first = int(_shifted(cfg))  # what is before it is given
 
   def loss(params, arrays):
     hidden, head, balance = _forward(cfg, module, params, arrays["noisy"])
+    hidden = transformer.shifted(hidden) if first else hidden
     losses = token_loss.cross_entropy(hidden, head, arrays["tokens"])
     return balance + masked_diffusion.pretrain_mean(
-      losses, arrays["masked"], arrays["p"]
+      *(x[:, first:] for x in (losses, arrays["masked"], arrays["p"]))
     )
 
   def evaluate(params, batch, key):
-    forward = lambda tokens: module.logits(cfg.model, params, tokens)
+    tokens, model = batch["tokens"], module.bind(cfg.model, params)
     nats = masked_diffusion.negative_log_likelihood_bound(
-      forward, batch["tokens"], key, mask
+      lambda noisy: transformer.project(model.forward(noisy)[0], model.head),
+      tokens,
+      key,
+      mask_token(cfg),
+      scored=_scored(cfg, tokens),
     )
     return {"held_out_bits_per_byte": jnp.mean(nats) / jnp.log(2.0)}
 
+  corrupt = lambda batch, key: _corrupt(
+    cfg, batch["tokens"], key, cfg.rate_low, cfg.rate_high
+  )
   return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
+
+
+def blocks(cfg: config_lib.Config) -> Task:
+  """Masked diffusion of blocks, each given those before it (BD3-LM)."""
+  init, module = _language_model(cfg, causal=False)
+  if module is not transformer or not transformer.ragged(cfg.model):
+    raise config_lib.InputError(
+      f"block_size={cfg.block_size}: wants a transformer without window and "
+      "short_conv, such as that of --config code_blocks; 0 trains whole rows"
+    )
+  double = lambda arrays: block_diffusion.doubled(
+    arrays["noisy"], arrays["tokens"], cfg.block_size
+  )
+
+  def nats(outputs, head, arrays):
+    return block_diffusion.loss(
+      outputs,
+      head,
+      arrays["tokens"],
+      arrays["masked"],
+      arrays["p"],
+      block_size=cfg.block_size,
+      shift=_shifted(cfg),
+    )
+
+  def loss(params, arrays):
+    outputs, head, balance = _forward(cfg, module, params, *double(arrays))
+    return balance + nats(outputs, head, arrays)
+
+  def evaluate(params, batch, key):
+    # a bound of the likelihood, whatever rates are trained
+    arrays = _corrupt(cfg, batch["tokens"], key, 0.0, 1.0)
+    outputs, head = _hidden(cfg, module, params, *double(arrays))
+    bits = nats(outputs, head, arrays) / jnp.log(2.0)
+    return {"held_out_bits_per_byte": bits}
+
+  corrupt = lambda batch, key: _corrupt(
+    cfg, batch["tokens"], key, cfg.rate_low, cfg.rate_high
+  )
+  return Task(init, corrupt, loss, evaluate, _bind(cfg, module))
+
+
+def _corrupt(cfg, tokens, key, low, high):
+  """Noisy rows, what is masked and with which probability, all [B, T].
+
+  Differs from the papers: exactly 1 + floor(t W) of the W bytes of a block, or
+  row, are masked, t ~ U[low, high), not each with probability t. The same bound
+  (equation 6 of LLaDA), and a block that drew few masks weighs no more than
+  the others.
+  """
+  time, place = jax.random.split(key)
+  rows, length = tokens.shape
+  size = cfg.block_size or length
+  scored = _scored(cfg, tokens).reshape(-1, size)
+  total = jnp.sum(scored, 1)
+  t = block_diffusion.stratified_times(time, rows, length // size).reshape(-1)
+  counts = 1 + ((low + (high - low) * t) * total).astype(jnp.int32)
+  counts = jnp.minimum(counts, total)
+  hidden = masked_diffusion.exact_count_mask(place, counts, scored)
+  p = jnp.maximum(counts, 1) / jnp.maximum(total, 1)  # of none: anything
+  p = jnp.broadcast_to(p[:, None], hidden.shape).reshape(tokens.shape)
+  hidden = hidden.reshape(tokens.shape)
+  noisy = jnp.where(hidden, mask_token(cfg), tokens)
+  return {"tokens": tokens, "noisy": noisy, "masked": hidden, "p": p}
+
+
+def _scored(cfg, tokens):
+  """[B, T] bool: of a shifted model nothing scores the first token."""
+  scored = jnp.arange(tokens.shape[1]) >= int(_shifted(cfg))
+  return jnp.broadcast_to(scored[None], tokens.shape)
+
+
+def _shifted(cfg: config_lib.Config) -> bool:
+  """Whether a masked model scores a token from the one before it (Dream)."""
+  return getattr(cfg.model, "shifted", False)
 
 
 def autoregressive(cfg: config_lib.Config) -> Task:
@@ -367,12 +435,21 @@ def _language_model(cfg: config_lib.Config, causal: bool):
   return lambda key: network.init(key, tokens)["params"], module
 
 
-def _forward(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
+def _forward(
+  cfg: config_lib.Config,
+  module: Any,
+  params: Any,
+  tokens: Any,
+  positions: Any = None,
+  mask: Any = None,
+):
   """Hidden states, the head, and the weighted load-balancing loss summed over
   the layers."""
   if not (getattr(cfg.model, "num_experts", 0) and cfg.balance_weight):
-    return *_hidden(cfg, module, params, tokens), 0.0
-  hidden, load = module.hidden_and_load(cfg.model, params, tokens)
+    return *_hidden(cfg, module, params, tokens, positions, mask), 0.0
+  hidden, load = module.hidden_and_load(
+    cfg.model, params, tokens, None, positions, mask
+  )
   losses, _ = large_batch.global_batch_loss(
     load, cfg.model.experts_per_token, partitioning.mapped_axes()
   )
@@ -380,10 +457,17 @@ def _forward(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
   return hidden, head, cfg.balance_weight * jnp.sum(losses)
 
 
-def _hidden(cfg: config_lib.Config, module: Any, params: Any, tokens: Any):
+def _hidden(
+  cfg: config_lib.Config,
+  module: Any,
+  params: Any,
+  tokens: Any,
+  positions: Any = None,
+  mask: Any = None,
+):
   """What the model says before its head, [B, T, D], and the head [D, V]."""
   bound = module.bind(cfg.model, params)
-  return bound.module.apply({"params": params}, tokens), bound.head
+  return bound.outputs(tokens, positions, mask), bound.head
 
 
 def _bind(cfg: config_lib.Config, module: Any) -> Callable:

@@ -1,10 +1,15 @@
 """Softmax attention in jax.numpy: all scores at once, by blocks of a window,
 or some of those blocks after the other where the scores would be large."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from giantsteps.kernels_pallas.precision import accumulator
+
+# Positions of queries [T, 1] and keys [1, S] -> which are seen, [T, S] bool.
+Mask = Callable[[jax.Array, jax.Array], jax.Array]
 
 # Bytes of scores that may exist at once; more are made block after block.
 LIMIT = 2**28
@@ -17,23 +22,28 @@ def attention(
   *,
   causal: bool,
   window: int | None = None,
+  mask: Mask | None = None,
   limit: int = LIMIT,
 ) -> jax.Array:
   """The specification of `window_attention`, and its body on CPUs and GPUs.
 
   Args:
-    q, k, v, causal, window: as there.
-    limit: bytes of scores. With a window, rows that need more are attended
-      block after block, forwards and backwards: the same sums, and the scores
-      are computed once more in the backward pass.
+    q, k, v, causal, window, mask: as there.
+    limit: bytes of scores. With a window or a mask, rows that need more are
+      attended block after block, forwards and backwards: the same sums, and the
+      scores are computed once more in the backward pass.
 
   Returns:
     [B, T, H, K] in q.dtype.
   """
-  if streams(q, k, causal=causal, window=window, limit=limit):
+  length, num_keys = q.shape[1], k.shape[1]
+  streamed = streams(q, k, causal=causal, window=window, mask=mask, limit=limit)
+  if mask is not None:
+    pieces = limit if streamed else None
+    return _masked(q, k, v, mask, pieces)
+  if streamed:
     assert window is not None
     return _streamed(q, k, v, causal, window, limit)
-  length, num_keys = q.shape[1], k.shape[1]
   if window is not None and length == num_keys and length > 3 * window:
     return _windowed(q, k, v, causal, window)
   query, key = jnp.arange(length), jnp.arange(num_keys)
@@ -46,10 +56,14 @@ def streams(
   *,
   causal: bool,
   window: int | None,
+  mask: Mask | None = None,
   limit: int = LIMIT,
 ) -> bool:
   """Whether `attention` makes the scores one after the other."""
   rows, length, heads, _ = q.shape
+  if mask is not None:
+    size = accumulator(q.dtype).itemsize
+    return rows * heads * length * k.shape[1] * size > limit
   if window is None or length != k.shape[1] or length <= window:
     return False
   reach = min(length, (2 if causal else 3) * window)
@@ -76,6 +90,29 @@ def _attend(
   out = jnp.einsum("bgts,bgsk->bgtk", weights, v)
   out = out.reshape(out.shape[0], heads, length, -1)
   return jnp.moveaxis(out, 2, 1)
+
+
+def _masked(
+  q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, limit: int | None
+) -> jax.Array:
+  """`attention` under a mask; with a limit, some queries after the others."""
+  rows, length, heads, _ = q.shape
+  key = jnp.arange(k.shape[1])[None]
+  if limit is None:
+    return _attend(q, k, v, mask(jnp.arange(length)[:, None], key)[None])
+  each = rows * heads * k.shape[1] * accumulator(q.dtype).itemsize
+  size = _divisor(length, limit // each)
+
+  def attend(piece):
+    start, q = piece
+    query = start + jnp.arange(size)
+    return _attend(q, k, v, mask(query[:, None], key)[None])
+
+  pieces = jnp.moveaxis(q.reshape(rows, -1, size, heads, q.shape[3]), 1, 0)
+  start = size * jnp.arange(length // size)
+  attend = jax.checkpoint(attend, prevent_cse=False)
+  out = jnp.moveaxis(jax.lax.map(attend, (start, pieces)), 0, 1)
+  return out.reshape(rows, length, heads, -1)
 
 
 def _windowed(

@@ -3,6 +3,10 @@
 LLaDA (arXiv:2502.09992): pretraining loss equation 3 (Algorithm 1), SFT loss
 equation 5 (Algorithm 2), likelihood estimate equation 6 (Algorithm 3).
 Masked means unknown: True where the model sees the mask token.
+
+A model with `shift` (Dream, arXiv:2508.15487) scores a token from the output
+before it. Token 0 is then never predicted: it is to be given (`corrupt` with
+prompt_lengths of 1 or more, `scored` False there) and does not count.
 """
 
 from collections.abc import Callable
@@ -66,6 +70,8 @@ def pretrain_loss(
   tokens: jax.Array,
   masked: jax.Array,
   probability: jax.Array,
+  *,
+  shift: bool = False,
 ) -> jax.Array:
   """1/(B L) sum over masked positions of cross entropy / p.
 
@@ -76,10 +82,14 @@ def pretrain_loss(
     logits: [B, L, V]; cross entropy is taken in float32.
     tokens: [B, L] int, the clean ones.
     masked, probability: [B, L] as `corrupt` returns them.
+    shift: logits[:, i] score token i + 1; the mean is then over B (L - 1).
 
   Returns:
     [] float32.
   """
+  if shift:
+    logits, tokens = logits[:, :-1], tokens[:, 1:]
+    masked, probability = masked[:, 1:], probability[:, 1:]
   return pretrain_mean(cross_entropy(logits, tokens), masked, probability)
 
 
@@ -96,6 +106,8 @@ def sft_loss(
   masked: jax.Array,
   probability: jax.Array,
   prompt_lengths: jax.Array,
+  *,
+  shift: bool = False,
 ) -> jax.Array:
   """1/B sum over masked positions of cross entropy / (p * answer length).
 
@@ -105,11 +117,15 @@ def sft_loss(
   Args:
     logits, tokens, masked, probability: as in `pretrain_loss`.
     prompt_lengths: [B] int, below L.
+    shift: logits[:, i] score token i + 1.
 
   Returns:
     [] float32.
   """
   answer = _answer(tokens, prompt_lengths)
+  if shift:
+    logits, tokens, answer = logits[:, :-1], tokens[:, 1:], answer[:, 1:]
+    masked, probability = masked[:, 1:], probability[:, 1:]
   loss = cross_entropy(logits, tokens) / probability
   loss = jnp.sum(jnp.where(masked & answer, loss, 0), -1)
   return jnp.mean(loss / jnp.sum(answer, -1))
@@ -179,8 +195,8 @@ def negative_log_likelihood_bound(
   independent: their spread overstates the error of their mean.
 
   Args:
-    forward: noisy tokens [B, L] int32 -> logits [B, L, V]. It stands once in
-      the program and is called num_samples times.
+    forward: noisy tokens [B, L] int32 -> logits [B, L, V] that score their own
+      position. It stands once in the program and is called num_samples times.
     tokens: [B, L] int32.
     key: positions and u.
     mask_token: what the model sees at masked positions.

@@ -472,7 +472,9 @@ def _static(
     raise ValueError("block_causal=True: this model knows no limits")
   if isinstance(rule, commit_rules.Autoregressive):
     block_size = 1
-  size = min(block_size or length, length)
+  size = block_size or length
+  if not block_causal:  # otherwise it says what a position sees
+    size = min(size, length)
   # One shape of window for a bucket of answers.
   policy = kv_cache.Policy(
     name=cache,

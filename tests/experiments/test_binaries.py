@@ -125,6 +125,22 @@ def test_train_refuses_bad_input_in_one_line(files):
     (source(f"text:{files / 'short.txt'}"), ["short.txt"]),
     (source("stdlib"), ["stdlib", "image"]),
     (line(workdir="file/below"), ["file/below"]),
+    (
+      line("--set=block_size=7", config="code_blocks_smoke"),
+      ["block_size=7", "seq_len=128"],
+    ),
+    (
+      line("--set=block_size=8", config="code_lm_smoke"),
+      ["block_size=8", "transformer", "code_blocks"],
+    ),
+    (
+      line("--set=block_size=8", config="code_ar_smoke"),
+      ["block_size=8", "autoregressive"],
+    ),
+    (
+      line("--set=rate_low=0.9", "--set=rate_high=0.2", config="code_lm_smoke"),
+      ["rate_low=0.9", "rate_high=0.2"],
+    ),
   ]
   lines, expected = zip(*cases, strict=True)
   check(invoke("train", list(lines)), lines, expected)

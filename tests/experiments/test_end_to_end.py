@@ -65,6 +65,25 @@ def test_train_and_generate_text(tmp_path, config):
   assert row["exactness"] == ("greedy" if "ar" in config else "approximate")
 
 
+def test_train_and_generate_blocks(tmp_path):
+  source = tmp_path / "text.py"
+  source.write_text("def f(x):\n  return x + 1\n\n" * 700)
+  work = tmp_path / "run"
+  call(
+    *("train", "--config=code_blocks_smoke", f"--workdir={work}"),
+    *(f"--set=data.source=text:{source}", "--set=data.seq_len=64"),
+    *("--set=model.remat=none", "--set=optim.name=adamw"),
+  )
+  rows = [json.loads(r) for r in (work / "metrics.jsonl").open()]
+  assert rows[-1]["held_out_bits_per_byte"] < 4
+  flags = ["--prompt=def f", "--num_tokens=30", "--rule=one_per_step"]
+  call("generate", f"--workdir={work}", *flags)
+  (row,) = [json.loads(r) for r in (work / "generated.jsonl").open()]
+  # The cache is "block" by itself: 30 passes for 30 bytes, and one more for each
+  # of the blocks 0..7, 8..15, 16..23 and 24..31 of a text of 35.
+  assert row["forwards"] == 34
+
+
 @pytest.mark.slow
 def test_train_and_measure_views(tmp_path):
   call("train", "--config=novel_views_smoke", f"--workdir={tmp_path}")

@@ -22,6 +22,16 @@ SMALLER = {  # name: what is replaced, and what the output must say
     },
     "fastest",
   ),
+  "decoding": (
+    {
+      "code_blocks_quickstart": "code_blocks_smoke",
+      "NUM_TOKENS = 64": "NUM_TOKENS = 16",
+      '"none", "prefix", "dual", "refresh", "vicinity", "block"': (
+        '"none", "dual", "block"'
+      ),
+    },
+    "block: 100% as without cache",
+  ),
   "pod": ({'"bert_base", "v5e:8x8"': '"code_lm_smoke", "v5e:2x2"'}, "fits"),
 }
 

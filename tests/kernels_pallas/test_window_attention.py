@@ -4,6 +4,7 @@ both; where it is taken."""
 # pyright: reportArgumentType=false
 
 import functools
+from typing import NamedTuple
 
 import harness
 import jax
@@ -92,6 +93,46 @@ def test_streamed_equals_numpy(length, window, groups, limit, causal):
     np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * length)
 
 
+class Staircase(NamedTuple):
+  """Blocks of 6 that see all but every third position before them."""
+
+  size: int = 6
+
+  def __call__(self, query, key):
+    block = lambda x: jax.lax.div(x, self.size)
+    own = block(query) == block(key)
+    return own | ((key < query) & (jax.lax.rem(key, 3) > 0))
+
+
+def stairs(length):
+  """[T, T] bool, pair by pair."""
+  rows = range(length)
+  return np.array(
+    [[i // 6 == j // 6 or (j < i and j % 3 > 0) for j in rows] for i in rows]
+  )
+
+
+@pytest.mark.parametrize(
+  ("length", "groups", "limit"), [(21, 4, 1), (20, 2, 8_000), (20, 1, 2**28)]
+)
+def test_masked_equals_numpy(length, groups, limit):
+  q, k, v, cotangent = operands(2, length, 4, groups, 8)
+  attend = functools.partial(
+    reference.attention, causal=False, mask=Staircase(), limit=limit
+  )
+
+  @jax.jit
+  def run(cotangent, *arrays):
+    out, pull = jax.vjp(attend, *arrays)
+    return out, *pull(cotangent)
+
+  with jax.enable_x64(True):
+    found = run(*map(jnp.asarray, (cotangent, q, k, v)))
+  want = exact(q, k, v, cotangent, stairs(length))
+  for a, b in zip(found, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=0, atol=1e-13 * length)
+
+
 def test_streamed_has_forward_mode():
   *arrays, cotangent = operands(1, 13, 2, 1, 4)
   rng = np.random.default_rng(1)
@@ -155,6 +196,19 @@ def test_kernel_parity(length, groups, width, causal, window, dtype):
   )
 
 
+def test_kernel_computes_a_mask():
+  q, k, v, cotangent = operands(1, 384, 2, 1, 64, "float32")
+  attend = functools.partial(
+    splash.attention, causal=False, window=None, mask=Staircase()
+  )
+  run = jax.jit(functools.partial(attend, interpret=True))
+  out, pull = jax.vjp(run, q, k, v)
+  found = out, *pull(jnp.asarray(cotangent))
+  want = exact(q, k, v, cotangent, stairs(384))
+  for a, b in zip(found, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 127, 128, 129, 511, 512, 10_000])
 def test_kernel_at_the_edges_of_its_blocks(window):
@@ -192,6 +246,25 @@ def test_none_takes_the_kernel_where_it_pays(
   assert ("tpu_custom_call" in lowered.as_text()) == takes
   assert has_kernel(q, k, **options) == takes
   assert streams(q, k, **options) or not takes
+
+
+@pytest.mark.parametrize(("length", "takes"), [(4_096, True), (2_500, False)])
+def test_a_mask_takes_the_kernel_and_is_no_array(length, takes):
+  x = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+  options = {"causal": False, "window": None, "mask": Staircase()}
+  attend = functools.partial(window_attention, **options)
+  lowered = jax.jit(attend).trace(x, x, x).lower(lowering_platforms=("tpu",))
+  text = lowered.as_text()
+  assert ("tpu_custom_call" in text) == takes
+  assert (f"{length}x{length}x" in text) != takes
+  assert has_kernel(x, x, **options) == takes
+
+
+def test_a_mask_stands_alone():
+  x = jnp.zeros((1, 8, 1, 8))
+  for options in ({"causal": True}, {"causal": False, "window": 4}):
+    with pytest.raises(ValueError, match="a mask stands alone"):
+      window_attention(x, x, x, mask=Staircase(), **options)
 
 
 def test_not_inside_a_shard_map_that_checks():

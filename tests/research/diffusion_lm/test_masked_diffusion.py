@@ -54,6 +54,62 @@ class GoldenTest(parameterized.TestCase):
       self.assertEqual(got.tolist(), case["masked_counts"])
 
 
+class ShiftTest(parameterized.TestCase):
+  """A model that scores token i + 1 at i, such as Dream."""
+
+  def setUp(self):
+    rng = np.random.default_rng(0)
+    self.logits = rng.standard_normal((3, 7, 5))
+    self.tokens = rng.integers(5, size=(3, 7))
+    self.p = rng.uniform(0.1, 1, (3, 7))
+    self.lengths = np.array([1, 3, 5])
+    after = np.arange(7)[None] >= self.lengths[:, None]
+    self.masked = (rng.uniform(size=(3, 7)) < 0.6) & after
+
+  def test_pretraining_and_fine_tuning_pair_by_pair(self):
+    pretrain, sft = 0.0, 0.0
+    for b, i in np.argwhere(self.masked):
+      row = self.logits[b, i - 1]  # the output before the token
+      nats = np.log(np.exp(row).sum()) - row[self.tokens[b, i]]
+      pretrain += nats / self.p[b, i] / (3 * 6)
+      sft += nats / self.p[b, i] / (7 - self.lengths[b]) / 3
+    with jax.enable_x64(True):
+      logits, tokens, masked, p, lengths = map(
+        jnp.asarray,
+        (self.logits, self.tokens, self.masked, self.p, self.lengths),
+      )
+      got = masked_diffusion.pretrain_loss(
+        logits, tokens, masked, p, shift=True
+      )
+      np.testing.assert_allclose(got, pretrain, rtol=1e-12)
+      got = masked_diffusion.sft_loss(
+        logits, tokens, masked, p, lengths, shift=True
+      )
+      np.testing.assert_allclose(got, sft, rtol=1e-12)
+
+  def test_is_the_unshifted_loss_of_logits_that_are_moved(self):
+    moved = np.concatenate([self.logits[:, :1], self.logits[:, :-1]], 1)
+    rest = [jnp.asarray(x) for x in (self.tokens, self.masked, self.p)]
+    lengths = jnp.asarray(self.lengths)
+    got = masked_diffusion.sft_loss(
+      jnp.asarray(self.logits), *rest, lengths, shift=True
+    )
+    want = masked_diffusion.sft_loss(jnp.asarray(moved), *rest, lengths)
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    got = masked_diffusion.pretrain_loss(
+      jnp.asarray(self.logits), *rest, shift=True
+    )
+    want = masked_diffusion.pretrain_loss(jnp.asarray(moved), *rest)
+    # of 7 tokens 6 are predicted
+    np.testing.assert_allclose(got, want * 7 / 6, rtol=1e-6)
+
+  def test_the_first_token_does_not_count(self):
+    first = jnp.arange(7)[None] == 0
+    masked = jnp.broadcast_to(first, (3, 7))
+    arrays = map(jnp.asarray, (self.logits, self.tokens, masked, self.p))
+    self.assertEqual(masked_diffusion.pretrain_loss(*arrays, shift=True), 0)
+
+
 class CorruptTest(parameterized.TestCase):
   def test_every_time_masks_its_share(self):
     t = np.array([0.0, 0.25, 0.9], np.float32)

@@ -148,6 +148,39 @@ class ExactTest(parameterized.TestCase):
       np.testing.assert_array_equal(extra, blocks - 1)
     self.assertTrue((extra <= blocks - 1).all())
 
+  @parameterized.parameters("tiny_llada_gqa", "tiny_dream")
+  def test_block_causal_every_cache_is_exact(self, name):
+    go = functools.partial(
+      generate, model(name), PROMPTS, LENGTHS, rule=RULES["threshold"]
+    )
+    plain = go(cache="none", block_causal=True)
+    for cache in ("prefix", "dual", "refresh", "vicinity"):
+      cached = go(cache=cache, block_causal=True)
+      np.testing.assert_array_equal(cached.tokens, plain.tokens)
+
+  @parameterized.parameters("tiny_llada_gqa", "tiny_dream")
+  def test_block_causal_answers_shorter_than_a_block(self, name):
+    options = dict(rule=RULES["threshold"], block_size=8, mask_token=MASK)
+    row, given = PROMPTS[:1, :9], np.arange(12)[None] < 9
+    filled = decoding.fill(
+      model(name),
+      np.pad(row, ((0, 0), (0, 3))),
+      ~given,
+      block_causal=True,
+      **options,
+    )
+    for cache in ("none", "block"):
+      got = generate(
+        model(name),
+        row,
+        [9],
+        num_tokens=3,
+        cache=cache,
+        block_causal=True,
+        **options,
+      )
+      np.testing.assert_array_equal(got.tokens, filled.tokens)
+
   @parameterized.parameters("tiny_llama", "tiny_qwen3")
   def test_autoregression_with_a_cache(self, name):
     go = functools.partial(
