@@ -258,7 +258,7 @@ def _rule(causal: bool):
   if causal:
     return decoding.autoregressive()
   if _RULE.value == "one_per_step":
-    return decoding.top_n(_TOKENS.value)
+    return decoding.threshold(1.01)  # nothing reaches it: the best token alone
   make, value = _RULES[_RULE.value]
   return make(value if _THRESHOLD.value is None else _THRESHOLD.value)
 

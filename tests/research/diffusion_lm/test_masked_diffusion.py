@@ -1,4 +1,5 @@
 """Masked-diffusion losses against LLaDA's values and exact enumeration."""
+# pyright: reportCallIssue=false
 
 import itertools
 import json

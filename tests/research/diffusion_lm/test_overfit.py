@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from absl.testing import absltest, parameterized
 
 from giantsteps.models import transformer
@@ -110,14 +111,18 @@ def trained(kind, shifted, block_size):
 
 
 class OverfitTest(parameterized.TestCase):
-  @parameterized.parameters(
-    ("rows", False, 12),
-    ("rows", True, 12),
-    ("answers", True, 12),
-    ("blocks", False, 4),
-    ("blocks", True, 4),
-  )
+  @parameterized.parameters(("answers", True, 12), ("blocks", True, 4))
   def test_the_text_is_written_down(self, kind, shifted, block_size):
+    self.check(kind, shifted, block_size)
+
+  @parameterized.parameters(
+    ("rows", False, 12), ("rows", True, 12), ("blocks", False, 4)
+  )
+  @pytest.mark.slow
+  def test_by_other_losses_too(self, kind, shifted, block_size):
+    self.check(kind, shifted, block_size)
+
+  def check(self, kind, shifted, block_size):
     model, losses = trained(kind, shifted, block_size)
     # a blind guess costs log 12 = 2.5 nats
     self.assertLess(losses[-20:].mean(), 0.1)
