@@ -1,5 +1,12 @@
 """Flow matching and flow maps: time rises from noise (0) to data (1)."""
 
+from giantsteps.research.flow_maps import guidance
+from giantsteps.research.flow_maps.consistency import (
+  consistency_distillation_loss,
+  consistency_training_loss,
+  discrete_consistency_loss,
+  scm_loss,
+)
 from giantsteps.research.flow_maps.interpolants import (
   Interpolant,
   endpoints,
@@ -7,13 +14,40 @@ from giantsteps.research.flow_maps.interpolants import (
   to_sampler,
   trigonometric,
 )
-from giantsteps.research.flow_maps.losses import flow_matching_loss
+from giantsteps.research.flow_maps.losses import (
+  discrete_lagrangian_loss,
+  eulerian_loss,
+  flow_matching_loss,
+  frozen_lagrangian_loss,
+  lagrangian_loss,
+  progressive_loss,
+  shortcut_loss,
+)
+from giantsteps.research.flow_maps.mean_flow import (
+  align_your_flow_loss,
+  improved_mean_flow_loss,
+  mean_flow_loss,
+)
 
 __all__ = [
   "Interpolant",
+  "align_your_flow_loss",
+  "consistency_distillation_loss",
+  "consistency_training_loss",
+  "discrete_consistency_loss",
+  "discrete_lagrangian_loss",
   "endpoints",
+  "eulerian_loss",
   "flow_matching_loss",
+  "frozen_lagrangian_loss",
+  "guidance",
+  "improved_mean_flow_loss",
+  "lagrangian_loss",
   "linear",
+  "mean_flow_loss",
+  "progressive_loss",
+  "scm_loss",
+  "shortcut_loss",
   "to_sampler",
   "trigonometric",
 ]
