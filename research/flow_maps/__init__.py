@@ -1,6 +1,13 @@
 """Flow matching and flow maps: time rises from noise (0) to data (1)."""
 
-from giantsteps.research.flow_maps import guidance
+from giantsteps.research.flow_maps import (
+  clocks,
+  closed_forms,
+  couplings,
+  guidance,
+  times,
+  weights,
+)
 from giantsteps.research.flow_maps.consistency import (
   consistency_distillation_loss,
   consistency_training_loss,
@@ -10,7 +17,9 @@ from giantsteps.research.flow_maps.consistency import (
 from giantsteps.research.flow_maps.interpolants import (
   Interpolant,
   endpoints,
+  from_schedule,
   linear,
+  score,
   to_sampler,
   trigonometric,
 )
@@ -32,13 +41,17 @@ from giantsteps.research.flow_maps.mean_flow import (
 __all__ = [
   "Interpolant",
   "align_your_flow_loss",
+  "clocks",
+  "closed_forms",
   "consistency_distillation_loss",
   "consistency_training_loss",
+  "couplings",
   "discrete_consistency_loss",
   "discrete_lagrangian_loss",
   "endpoints",
   "eulerian_loss",
   "flow_matching_loss",
+  "from_schedule",
   "frozen_lagrangian_loss",
   "guidance",
   "improved_mean_flow_loss",
@@ -47,7 +60,10 @@ __all__ = [
   "mean_flow_loss",
   "progressive_loss",
   "scm_loss",
+  "score",
   "shortcut_loss",
+  "times",
   "to_sampler",
   "trigonometric",
+  "weights",
 ]

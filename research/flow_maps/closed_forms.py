@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from giantsteps.research.flow_maps.interpolants import Interpolant
 
+Time = jax.Array | float
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(16)
 
 
@@ -44,7 +45,7 @@ class Gaussian:
   inverse: np.ndarray
   D: np.ndarray
 
-  def velocity(self, t: jax.Array, x: jax.Array) -> jax.Array:
+  def velocity(self, t: Time, x: jax.Array) -> jax.Array:
     """b_t(x) = m_t' + M diag(c_t' / (2 c_t)) M^-1 (x - m_t).
 
     Args:
@@ -61,15 +62,13 @@ class Gaussian:
       half / self._variance(t, x), x - self._mean(t, x)
     )
 
-  def flow_map(self, s: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+  def flow_map(self, s: Time, t: Time, x: jax.Array) -> jax.Array:
     """X_{s,t}(x) = m_t + M diag(sqrt(c_t / c_s)) M^-1 (x - m_s)."""
     s, t = self._times(s, x), self._times(t, x)
     ratio = jnp.sqrt(self._variance(t, x) / self._variance(s, x))
     return self._mean(t, x) + self._scale(ratio, x - self._mean(s, x))
 
-  def average_velocity(
-    self, s: jax.Array, t: jax.Array, x: jax.Array
-  ) -> jax.Array:
+  def average_velocity(self, s: Time, t: Time, x: jax.Array) -> jax.Array:
     """v_{s,t}(x) = (X_{s,t}(x) - x) / (t - s), without 0/0: a perfect network.
 
     The quotients of a and b are the means of their derivatives over [s, t],
@@ -95,7 +94,7 @@ class Gaussian:
     ratio = jnp.sqrt(c_t / c_s)[:, None]
     return (self.M.astype(s.dtype)[None] * ratio) @ self.inverse.astype(s.dtype)
 
-  def log_density(self, t: jax.Array, x: jax.Array) -> jax.Array:
+  def log_density(self, t: Time, x: jax.Array) -> jax.Array:
     """log of the density of I_t at x [B, d], in nats: [B]."""
     t = self._times(t, x)
     z = (x - self._mean(t, x)) @ self.inverse.T.astype(x.dtype)
@@ -175,7 +174,7 @@ class Mixture:
   means: np.ndarray
   stds: np.ndarray
 
-  def velocity(self, t: jax.Array, x: jax.Array) -> jax.Array:
+  def velocity(self, t: Time, x: jax.Array) -> jax.Array:
     """b_t(x), the posterior mean of the components' velocities.
 
     sum_k r_k(x) [b' mu_k + (a a' sigma0^2 + b b' s_k^2) / c_k (x - b mu_k)],
@@ -197,12 +196,12 @@ class Mixture:
     each = drift + gain[..., None] * off  # [B, K, d]
     return jnp.sum(posterior[..., None] * each, 1)
 
-  def log_density(self, t: jax.Array, x: jax.Array) -> jax.Array:
+  def log_density(self, t: Time, x: jax.Array) -> jax.Array:
     """log of the density of I_t at x [B, d], in nats: [B]."""
     t = jnp.asarray(t, x.dtype).reshape(-1, 1)
     return special.logsumexp(self._components(t, x)[0], -1)
 
-  def flow_map(self, s: jax.Array, t: jax.Array, x: jax.Array) -> jax.Array:
+  def flow_map(self, s: Time, t: Time, x: jax.Array) -> jax.Array:
     """X_{s,t}(x) = F_t^-1(F_s(x)), one dimension only.
 
     F_t is the distribution function of I_t. Solved in log F - log(1 - F), so

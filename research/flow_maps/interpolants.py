@@ -138,28 +138,29 @@ def from_schedule(
     raise ValueError(f"sigma_0={sigma_0} must be positive")
   scale = np.array([1.0, 1 / sigma_0])  # of alpha, sigma
 
-  def exact(s):
-    t = schedule.t_max * (1 - np.asarray(s, np.float64))
+  def exact(t):
     return np.stack(schedule.alpha_sigma(t), -1) * scale
 
-  def exact_rate(s):
-    t = schedule.t_max * (1 - np.asarray(s, np.float64))
+  def exact_rate(t):  # in s
     return np.stack(schedule.rate(t), -1) * scale * -schedule.t_max
 
+  def falling(s):
+    return schedule.t_max * (1 - np.asarray(s, np.float64))
+
   root = np.linspace(0, 1, num_nodes + 1)
-  value = exact(1 - root**2)
-  inside = np.maximum(root, 1e-4)  # the limit at 0
-  slope = exact_rate(1 - inside**2) * (-2 * inside[:, None])
+  value = exact(schedule.t_max * root**2)
+  inside = np.maximum(root, 1e-10)  # the limit at 0
+  slope = exact_rate(schedule.t_max * inside**2) * (-2 * inside[:, None])
 
   def weight(column):
     def of(s):
       if not isinstance(s, jax.Array):
-        return exact(s)[..., column]
+        return exact(falling(s))[..., column]
       return _hermite(value[:, column], slope[:, column], jnp.sqrt(1 - s))[0]
 
     def rate(s):
       if not isinstance(s, jax.Array):
-        return exact_rate(s)[..., column]
+        return exact_rate(falling(s))[..., column]
       u = jnp.maximum(jnp.sqrt(1 - s), 1e-4)
       return _hermite(value[:, column], slope[:, column], u)[1] / (-2 * u)
 
@@ -178,7 +179,10 @@ def _hermite(value, slope, u):
   m0, m1 = at(slope, i) / num, at(slope, i + 1) / num
   rise = at(np.diff(value), i)
   c2, c3 = 3 * rise - 2 * m0 - m1, m0 + m1 - 2 * rise
-  y = at(value, i) + r * (m0 + r * (c2 + r * c3))
+  # exact at the nodes, so at both ends
+  y = at(value, i) * (1 + 2 * r) * (1 - r) ** 2
+  y = y + at(value, i + 1) * r**2 * (3 - 2 * r)
+  y = y + r * (1 - r) * (m0 * (1 - r) - m1 * r)
   return y, num * (m0 + r * (2 * c2 + r * 3 * c3))
 
 

@@ -1,6 +1,7 @@
 """What the losses cost: FLOPs by XLA's count, in forward passes."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,18 @@ def network(params, s, t, x):
   return h @ last
 
 
+def flops(f, *shapes):
+  cost: Any = jax.jit(f).lower(*shapes).compile().cost_analysis()
+  return cost["flops"]
+
+
 @functools.cache
 def forward():
-  return jax.jit(network).lower(PARAMS, T, T, X).compile().cost_analysis()
+  return flops(network, PARAMS, T, T, X)
 
 
 def with_rule(loss, rule):
-  return lambda v, *rest: loss(v, *rest, I, stop_gradient=rule)
+  return lambda v, *rest: loss(v, *rest, I=I, stop_gradient=rule)
 
 
 LOSSES = {
@@ -38,25 +44,28 @@ LOSSES = {
     3,
     lambda v, x0, x1, s, t: flow_maps.flow_matching_loss(v, x0, x1, t, I),
   ),
-  "progressive": (5, lambda *p: flow_maps.progressive_loss(*p, I)),
+  "progressive": (5, lambda *p: flow_maps.progressive_loss(*p, I=I)),
   "lagrangian": (7.04, with_rule(flow_maps.lagrangian_loss, "full")),
   "lagrangian, none": (9.04, with_rule(flow_maps.lagrangian_loss, "none")),
-  "frozen lagrangian": (5, lambda *p: flow_maps.frozen_lagrangian_loss(*p, I)),
+  "frozen lagrangian": (
+    5,
+    lambda *p: flow_maps.frozen_lagrangian_loss(*p, I=I),
+  ),
   "discrete lagrangian": (
     5,
-    lambda *p: flow_maps.discrete_lagrangian_loss(*p, I, 0.01),
+    lambda *p: flow_maps.discrete_lagrangian_loss(*p, I=I, delta=0.01),
   ),
   "eulerian": (8.05, with_rule(flow_maps.eulerian_loss, "full")),
   "eulerian, convex": (7.04, with_rule(flow_maps.eulerian_loss, "convex")),
   "eulerian, none": (9.04, with_rule(flow_maps.eulerian_loss, "none")),
-  "mean_flow": (4.01, lambda *p: flow_maps.mean_flow_loss(*p, I)),
+  "mean_flow": (4.01, lambda *p: flow_maps.mean_flow_loss(*p, I=I)),
   "mean_flow, model": (
     5.01,
-    lambda *p: flow_maps.mean_flow_loss(*p, I, "model"),
+    lambda *p: flow_maps.mean_flow_loss(*p, I=I, tangent="model"),
   ),
   "improved_mean_flow": (
     5.01,
-    lambda *p: flow_maps.improved_mean_flow_loss(*p, I),
+    lambda *p: flow_maps.improved_mean_flow_loss(*p, I=I),
   ),
   "discrete_consistency": (
     4,
@@ -82,8 +91,7 @@ class FlopsTest(parameterized.TestCase):
     def mean(params, *rest):
       return loss(functools.partial(network, params), *rest).mean()
 
-    step = jax.jit(jax.value_and_grad(mean)).lower(PARAMS, X, X, T, T)
-    ratio = step.compile().cost_analysis()["flops"] / forward()["flops"]
+    ratio = flops(jax.value_and_grad(mean), PARAMS, X, X, T, T) / forward()
     self.assertLess(abs(ratio / wanted - 1), 0.02, f"{name}: {ratio:.3f}")
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,14 +24,14 @@ def student(theta, s, t, x):
   return linear + (t - s) * (jnp.tanh(x) @ c.reshape(2, 2).T)
 
 
-def load(name):
+def load(name) -> Any:
   return {
     k: v if k == "kind" else jnp.asarray(v)
     for k, v in np.load(GOLDEN / f"{name}.npz").items()
   }
 
 
-def arguments(golden):
+def arguments(golden) -> Any:
   I = KINDS[str(golden["kind"])]
   return *(golden[k] for k in ("x0", "x1", "s", "t")), I
 
@@ -131,7 +132,7 @@ class GoldenTest(parameterized.TestCase):
       golden["theta"],
     )
     self.assertEqual(each.dtype, jnp.float32)
-    wanted = {"rtol": 2e-4, "atol": 2e-5}  # of the golden file
+    wanted: Any = {"rtol": 2e-4, "atol": 2e-5}  # of the golden file
     np.testing.assert_allclose(each, golden[f"loss_{loss}"], **wanted)
     np.testing.assert_allclose(grad, golden[f"grad_{loss}"], **wanted)
 
@@ -174,7 +175,7 @@ class DiscreteLagrangianTest(parameterized.TestCase):
           lambda theta, delta=delta: flow_maps.discrete_lagrangian_loss(
             functools.partial(student, theta),
             *arguments(golden),
-            delta,
+            delta=delta,
             stop_gradient=stop_gradient,
           ),
           golden["theta"],
@@ -197,7 +198,7 @@ class DiscreteLagrangianTest(parameterized.TestCase):
       delta = 0.05
       each, grad = value_and_grad(
         lambda theta: flow_maps.discrete_lagrangian_loss(
-          functools.partial(student, theta), *arguments(golden), delta
+          functools.partial(student, theta), *arguments(golden), delta=delta
         ),
         golden["theta"],
       )

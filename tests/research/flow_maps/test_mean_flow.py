@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def student(theta, s, t, x):
   return linear + (t - s) * (jnp.tanh(x) @ c.reshape(2, 2).T)
 
 
-def load():
+def load() -> Any:
   golden = np.load(GOLDEN / "losses_linear_a.npz")
   return {k: jnp.asarray(golden[k]) for k in golden if k != "kind"}
 
@@ -34,13 +35,15 @@ class MeanFlowTest(parameterized.TestCase):
       self.golden = load()
       self.theta = self.golden["theta"]
       self.v = functools.partial(student, self.theta)
-      self.pair = tuple(self.golden[k] for k in ("x0", "x1", "s", "t"))
+      self.pair: Any = tuple(self.golden[k] for k in ("x0", "x1", "s", "t"))
       self.I = flow_maps.linear()
 
   def test_tangent_as_an_array(self):
     x0, x1, _, _ = self.pair
     with jax.enable_x64(True):
-      data = flow_maps.mean_flow_loss(self.v, *self.pair, self.I, x1 - x0)
+      data = flow_maps.mean_flow_loss(
+        self.v, *self.pair, I=self.I, tangent=x1 - x0
+      )
     np.testing.assert_allclose(
       data, self.golden["loss_meanflow_data"], rtol=1e-8
     )
@@ -59,7 +62,7 @@ class MeanFlowTest(parameterized.TestCase):
     # the velocity itself as head changes nothing; another one does
     with jax.enable_x64(True):
       run = functools.partial(
-        flow_maps.improved_mean_flow_loss, self.v, *self.pair, self.I
+        flow_maps.improved_mean_flow_loss, self.v, *self.pair, I=self.I
       )
       same = run(head=self.v)
       other = run(head=lambda s, t, x: 0 * x)
@@ -68,14 +71,16 @@ class MeanFlowTest(parameterized.TestCase):
 
   def test_errors(self):
     run = functools.partial(
-      flow_maps.mean_flow_loss, self.v, *self.pair, self.I
+      flow_maps.mean_flow_loss, self.v, *self.pair, I=self.I
     )
     with self.assertRaisesRegex(ValueError, "unknown tangent 'dat'"):
-      run("dat")
+      run(tangent="dat")
     with self.assertRaisesRegex(ValueError, r"tangent \(2,\)"):
-      run(jnp.ones(2))
+      run(tangent=jnp.ones(2))
     with self.assertRaisesRegex(ValueError, "unknown target 'model'"):
-      flow_maps.improved_mean_flow_loss(self.v, *self.pair, self.I, "model")
+      flow_maps.improved_mean_flow_loss(
+        self.v, *self.pair, I=self.I, target="model"
+      )
 
 
 class AlignYourFlowTest(parameterized.TestCase):
@@ -87,7 +92,7 @@ class AlignYourFlowTest(parameterized.TestCase):
       each = flow_maps.align_your_flow_loss(
         functools.partial(student, theta),
         *(golden[k] for k in ("x0", "x1", "s", "t")),
-        flow_maps.linear(),
+        I=flow_maps.linear(),
         teacher=frozen,
         **options,
       )

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ EQUATIONS = ("lagrangian", "eulerian", "semigroup")
 WEIGHT = np.random.default_rng(0).normal(size=(2, 2))
 
 
-def load(name):
+def load(name) -> Any:
   golden = np.load(GOLDEN / f"{name}.npz")
   I = KINDS[str(golden["kind"])]
   if "m0" in golden:
