@@ -92,7 +92,8 @@ class Gaussian:
     """J X_{s,t} = M diag(sqrt(c_t / c_s)) M^-1: s, t [B] -> [B, d, d]."""
     c_s, c_t = (self._variance(v[:, None], v) for v in (s, t))
     ratio = jnp.sqrt(c_t / c_s)[:, None]
-    return (self.M.astype(s.dtype)[None] * ratio) @ self.inverse.astype(s.dtype)
+    rows = self._row(self.M, s) * ratio
+    return jnp.matmul(rows, self.inverse.astype(s.dtype))
 
   def log_density(self, t: Time, x: jax.Array) -> jax.Array:
     """log of the density of I_t at x [B, d], in nats: [B]."""

@@ -122,9 +122,10 @@ def from_schedule(
 
   NumPy times are answered by the schedule itself. Schedules are not traced, so
   JAX times read a table: cubic Hermite in sqrt(1 - s), in which the usual
-  sigma ~ sqrt(t) is smooth; 1e-7 for analytic schedules, 1e-5 for the kinks of
-  `discrete`. At s = 1 exactly, where some slopes are infinite, the traced slope
-  is that of a point 1e-8 of the clock before.
+  sigma ~ sqrt(t) is smooth. Values are within 1e-6 of the largest one, slopes
+  within 1e-4 in float32; at the kinks of `discrete` slopes are within 2e-2. At
+  s = 1 exactly, where some slopes are infinite, the traced slope is that of a
+  point 1e-8 of the clock before.
 
   Args:
     schedule: its alpha_sigma must be defined from t = 0 on.

@@ -100,14 +100,14 @@ def improved_mean_flow_loss(
   s, t, x, slope = start(x0, x1, s, t, I)
   if isinstance(target, str) and target != "data":
     raise ValueError(f"unknown target {target!r}: 'data' or an array")
-  target = _drift(target, slope, x)
+  goal = _drift(target, slope, x)
   b = stop((head or velocity)(s, s, x).astype(x.dtype))
   v, rate = jax.jvp(
     lambda s, x: velocity(s, t, x).astype(x.dtype),
     (s, x),
     (jnp.ones_like(s), b),
   )
-  return square(v - expand(t - s, x) * stop(rate) - target)
+  return square(v - expand(t - s, x) * stop(rate) - goal)
 
 
 def align_your_flow_loss(

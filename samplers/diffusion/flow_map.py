@@ -161,10 +161,8 @@ def sample(
 
 
 def integrate(
-  drift: Callable[[jax.Array, jax.Array], jax.Array],
-  x: jax.Array,
-  times: ArrayLike,
-) -> jax.Array:
+  drift: Callable[[jax.Array, Any], Any], x: Any, times: ArrayLike
+) -> Any:
   """dx/dt = drift(t, x) along `times`, classical Runge-Kutta of order 4.
 
   Args:
@@ -224,7 +222,9 @@ def push_log_density(
 
   def step(carry, ends):
     x, log = carry
-    y, jacobian = _with_jacobian(lambda x: _jump(velocity, *ends, x), x)
+    y, jacobian = _with_jacobian(
+      lambda x: _jump(velocity, ends[0], ends[1], x), x
+    )
     return (y, log - jnp.linalg.slogdet(jacobian)[1]), None
 
   return jax.lax.scan(step, (x0, log_density), (times[:-1], times[1:]))[0]

@@ -94,7 +94,7 @@ class WeightsTest(parameterized.TestCase):
       couplings.weights(x, x, 0)
     for f in (
       lambda a, b: couplings.weights(a, b, 1.0),
-      couplings.optimal_transport,
+      lambda a, b: couplings.optimal_transport(*map(np.asarray, (a, b))),
       lambda a, b: couplings.sinkhorn(a, b, 1.0),
     ):
       with self.assertRaisesRegex(ValueError, r"\(1, 3\)"):

@@ -73,6 +73,14 @@ LOSSES = {
       v, x0, x1, s, t, I
     ),
   ),
+  "align_your_flow": (
+    5.01,
+    lambda v, *p: flow_maps.align_your_flow_loss(v, *p, I=I, teacher=v),
+  ),
+  "shortcut": (
+    5,
+    lambda v, *p: flow_maps.shortcut_loss(v, *p, I=I, teacher=v),
+  ),
   "scm": (
     4.01,
     lambda v, x0, x1, s, t: flow_maps.scm_loss(
