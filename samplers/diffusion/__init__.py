@@ -2,6 +2,7 @@
 
 from giantsteps.samplers.diffusion import (
   betas,
+  flow_map,
   grids,
   guidance,
   predictions,
@@ -12,6 +13,7 @@ from giantsteps.samplers.diffusion import (
 
 __all__ = [
   "betas",
+  "flow_map",
   "grids",
   "guidance",
   "predictions",

@@ -9,7 +9,7 @@ import numpy as np
 from absl.testing import absltest, parameterized
 
 from giantsteps.research import flow_maps
-from giantsteps.samplers.diffusion import grids, solvers, tables
+from giantsteps.samplers.diffusion import grids, schedules, solvers, tables
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "golden" / "flow_maps"
 KINDS = {"linear": flow_maps.linear(), "trig": flow_maps.trigonometric()}
@@ -84,6 +84,22 @@ class InterpolantTest(parameterized.TestCase):
     np.testing.assert_allclose(x0, golden["Ex0_s"], rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(x1, golden["Ex1_s"], rtol=1e-9, atol=1e-9)
 
+  @parameterized.parameters(
+    "mix_1d_sym_linear",
+    "mix_1d_asym_trig",
+    "mix_2d_linear",
+    "mix_2d_asym_linear",
+  )
+  def test_score_is_golden(self, name):
+    golden = np.load(GOLDEN / f"{name}.npz")
+    before = golden["s"] < 1  # singular at 1
+    with jax.enable_x64(True):
+      s, x, b = (jnp.asarray(golden[k][before]) for k in ("s", "x", "b_s"))
+      kind = KINDS[str(golden["kind"])]
+      got = flow_maps.score(kind, s, x, b, float(golden["sig0"]))
+    wanted = golden["score_s"][before]
+    np.testing.assert_allclose(got, wanted, rtol=1e-8, atol=1e-9)
+
   @parameterized.parameters(*KINDS)
   def test_endpoints_invert_the_interpolant(self, kind):
     x0, x1 = np.random.default_rng(0).normal(size=(2, 5, 3, 2))
@@ -94,6 +110,92 @@ class InterpolantTest(parameterized.TestCase):
       noise, data = flow_maps.endpoints(KINDS[kind], t, x, slope)
     np.testing.assert_allclose(noise, x0, rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(data, x1, rtol=1e-12, atol=1e-14)
+
+
+SCHEDULES = {
+  "vp_linear": schedules.vp_linear(),
+  "vp_cosine": schedules.vp_cosine(),
+  "edm": schedules.edm(),
+  "shifted": schedules.rectified_flow(3.0),
+  "discrete": schedules.discrete(np.linspace(1e-4, 0.02, 1000)),
+}
+
+
+class FromScheduleTest(parameterized.TestCase):
+  @parameterized.parameters(*SCHEDULES)
+  def test_weights(self, name):
+    schedule = SCHEDULES[name]
+    sigma_0 = 80.0 if name == "edm" else 0.5
+    I = flow_maps.from_schedule(schedule, sigma_0)
+    s = np.random.default_rng(0).uniform(0, 1, 500)
+    s = np.float64(np.float32(s))  # the same time for both
+    t = schedule.t_max * (1 - s)
+    alpha, sigma = schedule.alpha_sigma(t)
+    d_alpha, d_sigma = schedule.rate(t)
+    wanted = {
+      "a": sigma / sigma_0,
+      "b": alpha,
+      "da": -schedule.t_max * d_sigma / sigma_0,
+      "db": -schedule.t_max * d_alpha,
+    }
+    # the kinks of `discrete` are between the nodes of the table
+    kinked = name == "discrete"
+    for key, value in wanted.items():
+      f = getattr(I, key)
+      np.testing.assert_allclose(f(s), value, rtol=1e-12)  # NumPy: exact
+      with jax.enable_x64(True):
+        got = jax.jit(f)(jnp.asarray(s))
+      scale = np.abs(value).max()
+      rate = key in ("da", "db")
+      tolerance = (0.02 if rate else 1e-6) if kinked else 1e-6
+      np.testing.assert_allclose(got, value, rtol=0, atol=tolerance * scale)
+      got = jax.jit(f)(jnp.float32(s))
+      self.assertEqual(got.dtype, jnp.float32)
+      tolerance = max(tolerance, 1e-4 if rate else 1e-6)
+      np.testing.assert_allclose(got, value, rtol=0, atol=tolerance * scale)
+    ends = jnp.array([0.0, 1.0])
+    wanted = np.stack(schedule.alpha_sigma(schedule.t_max * (1 - ends)), 1)
+    np.testing.assert_allclose(I.b(ends), wanted[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(
+      I.a(ends) * sigma_0, wanted[:, 1], rtol=1e-6, atol=1e-9
+    )
+    for f in (I.a, I.b, I.da, I.db):
+      self.assertTrue(np.isfinite(jax.jit(f)(ends)).all())
+
+  @parameterized.parameters(*SCHEDULES)
+  def test_conversions_round_trip(self, name):
+    # a' e0 + b' e1 = b_t, and back, for t in (0, 1)
+    I = flow_maps.from_schedule(SCHEDULES[name])
+    x0, x1 = np.random.default_rng(0).normal(size=(2, 9, 2))
+    with jax.enable_x64(True):
+      t = jnp.linspace(0.01, 0.99, 9)
+      x, slope = I(t, jnp.asarray(x0), jnp.asarray(x1))
+      noise, data = flow_maps.endpoints(I, t, x, slope)
+    np.testing.assert_allclose(noise, x0, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(data, x1, rtol=1e-6, atol=1e-6)
+
+  def test_straight_path_is_linear(self):
+    I, L = flow_maps.from_schedule(schedules.rectified_flow()), KINDS["linear"]
+    s = jnp.linspace(0, 1, 101)
+    for key in ("a", "b", "da", "db"):
+      got, wanted = getattr(I, key)(s), getattr(L, key)(s)
+      np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=1e-7)
+
+  def test_there_and_back(self):
+    # to_sampler of it is the schedule again, on the clock t / t_max
+    I = flow_maps.from_schedule(SCHEDULES["vp_linear"], 0.5)
+    schedule, _ = flow_maps.to_sampler(I, lambda s, t, x: x, 0.5)
+    t = np.linspace(0.01, 1, 20)
+    for got, wanted in zip(
+      (*schedule.alpha_sigma(t), *schedule.rate(t)),
+      (*SCHEDULES["vp_linear"].alpha_sigma(t), *SCHEDULES["vp_linear"].rate(t)),
+      strict=True,
+    ):
+      np.testing.assert_allclose(got, wanted, rtol=1e-9)
+
+  def test_bad_sigma(self):
+    with self.assertRaisesRegex(ValueError, "sigma_0=0"):
+      flow_maps.from_schedule(SCHEDULES["edm"], 0)
 
 
 class TwoClocksTest(parameterized.TestCase):
