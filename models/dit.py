@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.models import layers, mlp, partitioning
 
 
@@ -132,7 +133,8 @@ class Dit(nn.Module):
     out = nn.Dense(patches.shape[-1], kernel_init=zero, name="out", **dtypes)(
       mlp.modulate(h, shift, scale)
     )
-    return unpatchify(out.astype(jnp.float32), rows, columns, cfg.patch)
+    out = out.astype(accumulator(x.dtype))
+    return unpatchify(out, rows, columns, cfg.patch)
 
 
 class _Block(nn.Module):
