@@ -17,6 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from giantsteps.kernels_pallas.jvp_attention import jvp_attention
 from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.models import layers, partitioning
 from giantsteps.models import magnitude_preserving as mp
@@ -296,7 +297,7 @@ class _Block(nn.Module):
     )(x)
     y = mp.unit(y.reshape(rows, height * width, -1, cfg.head_dim), -1)
     q, k, v = jnp.split(y, 3, axis=2)
-    return layers.attention(q, k, v, causal=False).reshape(x.shape)
+    return jvp_attention(q, k, v).reshape(x.shape)
 
 
 def _resample(x: jax.Array, change: str) -> jax.Array:

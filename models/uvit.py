@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from giantsteps.kernels_pallas.jvp_attention import jvp_attention
 from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.models import dit, layers, partitioning
 
@@ -169,7 +170,7 @@ class _Block(nn.Module):
     if cfg.qk_norm:
       q = layers.RMSNorm(dtype=cfg.dtype, name="q_norm")(q)
       k = layers.RMSNorm(dtype=cfg.dtype, name="k_norm")(k)
-    y = layers.attention(q, k, v, causal=False).reshape(h.shape)
+    y = jvp_attention(q, k, v).reshape(h.shape)
     h = h + dense(cfg.width, name="attention_out")(y)
     y = norm(name="mlp_norm")(h)
     y = nn.gelu(dense(cfg.expand * cfg.width, name="up")(y))
