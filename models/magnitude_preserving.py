@@ -106,7 +106,7 @@ def project(params: Any) -> Any:
 
   Args:
     params: a tree; leaves called "weight" are [in, out] or [side, side, in,
-      out], and [layers, ...] of these where layers are stacked.
+      out], and [layers, ...] of these below a key "layers".
 
   Returns:
     The tree, each output's weights of root mean square 1. All other leaves
@@ -114,8 +114,9 @@ def project(params: Any) -> Any:
   """
 
   def leaf(path, x):
-    if getattr(path[-1], "key", None) != "weight":
+    keys = [getattr(key, "key", None) for key in path]
+    if keys[-1] != "weight":
       return x
-    return unit(x, tuple(range(x.ndim % 2, x.ndim - 1)))
+    return unit(x, tuple(range(keys.count("layers"), x.ndim - 1)))
 
   return jax.tree_util.tree_map_with_path(leaf, params)

@@ -60,7 +60,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     shape: its shape; a dimension that an axis does not divide stays whole.
     mesh: axes it lacks, or has with size 1, are left out.
   """
-  path = re.sub(r"^(in|mid|out)_layers/", "layers/", path)  # of uvit.py
+  path = re.sub("^(encoder|middle|decoder)/", "", path)  # of uvit.py
   axes = next((a for p, a in _RULES if re.fullmatch(p, path)), ())
   axes = (None,) * (len(shape) - len(axes)) + axes[: len(shape)]
   fits = lambda axis, size: (

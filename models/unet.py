@@ -211,19 +211,40 @@ def _several(
       h, out = block(h, emb, here[0])
       outs.append(out)
       continue
-    stack = nn.scan(
-      layers.remat(_Block, cfg.remat),
-      variable_axes={"params": 0},
-      split_rngs={"params": True, "dropout": True},
-      in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
-      length=len(here),
-      metadata_params={nn.PARTITION_NAME: "layers"},
-    )
+    stack = _Stack(cfg, width, len(here), options, name=f"{name}_{first}")
     given = None if here[0] is None else jnp.stack(here)
-    stack = stack(cfg, width, name=f"{name}_{first}", **options)
     h, out = stack(h, emb, given)
     outs.extend([] if out is None else out)
   return h, outs
+
+
+class _Stack(nn.Module):
+  """Equal blocks, their parameters below the key "layers".
+
+  Attributes:
+    config, width: as of `_Block`, which also takes `options`.
+    length: how many.
+  """
+
+  config: Config
+  width: int
+  length: int
+  options: Any
+
+  @nn.compact
+  def __call__(self, h, emb, skips):
+    """`_Block` on h, one of `skips` [length, ...] (or None) after the other."""
+    stack = nn.scan(
+      layers.remat(_Block, self.config.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast, 0),  # pyright: ignore[reportArgumentType]
+      length=self.length,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return stack(self.config, self.width, name="layers", **self.options)(
+      h, emb, skips
+    )
 
 
 class _Block(nn.Module):

@@ -100,9 +100,9 @@ class Uvit(nn.Module):
     shape, dtype = h.shape[1:], jnp.dtype(cfg.param_dtype)
     h = h + self.param("positions", init, shape, dtype).astype(h.dtype)[None]
     half = cfg.depth // 2
-    h, skips = _stack(cfg, "in_layers", half)(h, None)
-    h, _ = _stack(cfg, "mid_layers", 1)(h, None)
-    h, _ = _stack(cfg, "out_layers", half)(h, skips[::-1])
+    h, skips = _Stack(cfg, half, name="encoder")(h, None)
+    h, _ = _Stack(cfg, 1, name="middle")(h, None)
+    h, _ = _Stack(cfg, half, name="decoder")(h, skips[::-1])
     h = nn.LayerNorm(epsilon=1e-5, name="out_norm", **dtypes)(h)
     zero = nn.initializers.zeros
     out = dense(patches.shape[-1], kernel_init=zero, name="out")(h)
@@ -138,17 +138,25 @@ class Uvit(nn.Module):
     return tokens
 
 
-def _stack(cfg: Config, name: str, length: int) -> nn.Module:
-  """`length` blocks: (h, skips [length, B, T, D] or None) -> (h, what every
-  block returned [length, B, T, D], or None where they take skips)."""
-  stack = nn.scan(
-    layers.remat(partitioning.gather_layer(_Block, name), cfg.remat),
-    variable_axes={"params": 0},
-    split_rngs={"params": True},
-    length=length,
-    metadata_params={nn.PARTITION_NAME: "layers"},
-  )
-  return stack(cfg, name=name)
+class _Stack(nn.Module):
+  """`length` equal blocks, their parameters below the key "layers"."""
+
+  config: Config
+  length: int
+
+  @nn.compact
+  def __call__(self, h, skips):
+    """h [B, T, D], skips [length, B, T, D] or None -> (h, what every block
+    returned, or None where they take skips)."""
+    cfg = self.config
+    stack = nn.scan(
+      layers.remat(partitioning.gather_layer(_Block, "layers"), cfg.remat),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.length,
+      metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return stack(cfg, name="layers")(h, skips)
 
 
 class _Block(nn.Module):

@@ -15,11 +15,23 @@ from giantsteps.models import (
   lact_views,
   mlp,
   partitioning,
+  plain_mlp,
   token_loss,
   transformer,
+  unet,
+  uvit,
 )
 from giantsteps.research import flow_maps, large_batch
 from giantsteps.research.diffusion_lm import masked_diffusion
+
+# Networks of images and points: Config -> module.
+_DENOISERS = {
+  mlp.Config: mlp.Mlp,
+  plain_mlp.Config: plain_mlp.PlainMlp,
+  dit.Config: dit.Dit,
+  uvit.Config: uvit.Uvit,
+  unet.Config: unet.Unet,
+}
 
 
 class Task(NamedTuple):
@@ -49,14 +61,14 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
   Raises:
     InputError: if task, model and data do not fit together.
   """
-  fits = {mlp.Config: "flow", dit.Config: "flow", lact_views.Config: "views"}
+  fits = dict.fromkeys(_DENOISERS, "flow") | {lact_views.Config: "views"}
   wants = fits.get(type(cfg.model))
   if wants != cfg.task if wants else cfg.task in ("flow", "views"):
     raise config_lib.InputError(
       f"task={cfg.task!r} does not fit the model "
-      f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp or "
-      "dit; masked and autoregressive want transformer or lact; views wants "
-      "lact_views"
+      f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp, "
+      "plain_mlp, dit, uvit or unet; masked and autoregressive want "
+      "transformer or lact; views wants lact_views"
     )
   wanted = {"flow": "image", "views": "views"}.get(cfg.task, "tokens")
   if description["kind"] != wanted:
@@ -92,7 +104,20 @@ def mask_token(cfg: config_lib.Config) -> int:
 
 
 def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
-  """The transform of `cfg.optim`, its schedule over `cfg.steps`."""
+  """The transform of `cfg.optim`, its schedule over `cfg.steps`; weights that
+  live on a sphere end every step there."""
+  tx = _transform(cfg)
+  if not isinstance(cfg.model, unet.Config):
+    return tx
+
+  def onto_sphere(updates, params):
+    moved = unet.project(optax.apply_updates(params, updates))
+    return jax.tree.map(jnp.subtract, moved, params)
+
+  return optax.chain(tx, optax.stateless(onto_sphere))
+
+
+def _transform(cfg: config_lib.Config) -> optax.GradientTransformation:
   o = cfg.optim
   rate = schedule(cfg, o.learning_rate)
   match o.name:
@@ -174,8 +199,9 @@ def _muon_axes(params: Any) -> Any:
   """
 
   def axes(path, leaf):
-    *_, above, name = ("", *(getattr(key, "key", "") for key in path))
-    stacked = getattr(path[0], "key", "") == "layers"
+    keys = [getattr(key, "key", "") for key in path]
+    *_, above, name = ("", *keys)
+    stacked = "layers" in keys
     kernel = name == "kernel" and not above.startswith(("conv_", "router"))
     if not stacked or leaf.ndim != (3 if kernel else 4):
       return None
@@ -199,8 +225,7 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
       f"model.num_classes={classes}: {cfg.data.source!r} has "
       f"{description['num_classes']} classes; 0 ignores them"
     )
-  module = {mlp.Config: mlp.Mlp, dit.Config: dit.Dit}[type(cfg.model)]
-  network = module(cfg.model)
+  network = _DENOISERS[type(cfg.model)](cfg.model)
 
   def init(key):
     return network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1))["params"]

@@ -100,13 +100,14 @@ class DenoiserTest(parameterized.TestCase):
     init, _, _ = build(name)
     params = init(jax.random.key(0))
     if name == "uvit":
-      stacks = {"in_layers": 2, "mid_layers": 1, "out_layers": 2}
+      stacks = {"encoder": 2, "middle": 1, "decoder": 2}
+      stacks = [(params[key]["layers"], n) for key, n in stacks.items()]
     else:
-      stacks = {"layers": NETS[name][1].depth}
-    for stack, depth in stacks.items():
-      for leaf in jax.tree.leaves(params[stack]):
+      stacks = [(params["layers"], NETS[name][1].depth)]
+    for stack, depth in stacks:
+      for leaf in jax.tree.leaves(stack):
         self.assertEqual(leaf.shape[0], depth)
-    kernel = params[stack]["up"]["kernel"]
+    kernel = stacks[0][0]["up"]["kernel"]
     self.assertGreater(float(jnp.abs(kernel[0] - kernel[1]).max()), 0.1)
 
   @parameterized.parameters(("mlp", "full"), ("dit", "dots"), ("uvit", "full"))
@@ -243,23 +244,25 @@ class UvitTest(parameterized.TestCase):
       name: jax.tree.map(jnp.zeros_like, layer)
       if name in ("attention_out", "down")
       else layer
-      for name, layer in moved[stack].items()
+      for name, layer in moved[stack]["layers"].items()
     }
-    params = moved | {s: quiet(s) for s in ("mid_layers", "out_layers")}
     take = jnp.concatenate([jnp.zeros((16, 16)), jnp.eye(16)])
-    kernel = jnp.stack([jnp.zeros((32, 16)), take])
-    params["out_layers"]["skip"] = {
-      "kernel": kernel,
+    skip = {
+      "kernel": jnp.stack([jnp.zeros((32, 16)), take]),
       "bias": jnp.zeros((2, 16)),
     }
+    params = moved | {"middle": {"layers": quiet("middle")}}
+    params["decoder"] = {"layers": quiet("decoder") | {"skip": skip}}
     out = apply(params, X, T)
-    second = jax.tree.map(lambda a: a.at[1].set(0.3), params["in_layers"])
-    np.testing.assert_array_equal(
-      apply(params | {"in_layers": second}, X, T), out
-    )
-    first = jax.tree.map(lambda a: a.at[0].set(0.3), params["in_layers"])
-    changed = apply(params | {"in_layers": first}, X, T)
-    self.assertGreater(float(jnp.abs(changed - out).max()), 1e-2)
+
+    def with_another(block):
+      change = lambda a: a.at[block].set(0.3)
+      return apply(
+        params | {"encoder": jax.tree.map(change, params["encoder"])}, X, T
+      )
+
+    np.testing.assert_array_equal(with_another(1), out)
+    self.assertGreater(float(jnp.abs(with_another(0) - out).max()), 1e-2)
 
   @parameterized.parameters(
     ({"heads": 3}, "width=16"),

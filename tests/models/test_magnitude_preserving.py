@@ -84,15 +84,20 @@ def test_result_does_not_depend_on_the_scale_of_the_weights(side):
 def test_projection():
   trees = {
     "layers": {"conv": {"weight": 3 + normal(5, 3, 3, 4, 6)}},
-    "stacked": {"weight": 0.1 * normal(5, 4, 6)},
+    "stack": {"layers": {"weight": 0.1 * normal(5, 4, 6)}},
     "conv": {"weight": normal(3, 3, 4, 6)},
     "dense": {"weight": normal(4, 6)},
     "gain": normal(),
   }
   once = mp.project(trees)
   assert once["gain"] == trees["gain"]
-  for path, axes in (("stacked", 1), ("conv", (0, 1, 2)), ("dense", 0)):
-    size = jnp.sqrt(jnp.mean(once[path]["weight"] ** 2, axes))
+  found = [
+    (once["stack"]["layers"], 1),
+    (once["conv"], (0, 1, 2)),
+    (once["dense"], 0),
+  ]
+  for layer, axes in found:
+    size = jnp.sqrt(jnp.mean(layer["weight"] ** 2, axes))
     # EPS^2 / 2 / (mean square): the smallest of these is 6e-4
     np.testing.assert_allclose(size, 1, rtol=1e-5)
   # layer by layer, as if they were not stacked

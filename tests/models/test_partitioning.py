@@ -24,8 +24,8 @@ TOKENS = np.zeros((1, 16), np.int32)
     ("layers/down/kernel", (3, 64, 32), P(None, "model", "fsdp")),
     ("layers/mixer/o/kernel", (3, 64, 32), P(None, "model", "fsdp")),
     ("layers/mixer/w1", (3, 8, 4, 6), P(None, "model", "fsdp", None)),
-    ("out_layers/qkv/kernel", (6, 32, 64), P(None, "fsdp", "model")),
-    ("out_layers/skip/kernel", (6, 64, 32), P(None, "fsdp", None)),
+    ("decoder/layers/qkv/kernel", (6, 32, 64), P(None, "fsdp", "model")),
+    ("decoder/layers/skip/kernel", (6, 64, 32), P(None, "fsdp", None)),
     ("layers/attention_norm/scale", (3, 32), P(None, None)),
     # 3 is no multiple of 4, 12 none of 8
     ("layers/q/kernel", (3, 3, 12), P(None, None, None)),

@@ -115,7 +115,7 @@ def joined(a, b):
 
 def transcription(params, x, s, t, labels):
   """Figure 21 of the paper for `CONFIG`: channels first, a list of blocks."""
-  of = lambda name, i: jax.tree.map(lambda a: a[i], params[name])
+  of = lambda name, i: jax.tree.map(lambda a: a[i], params[name]["layers"])
   emb = embedding(params["embedding"], s, t, labels)
   enc = functools.partial(block, emb=emb, encoder=True)
   dec = functools.partial(block, emb=emb, encoder=False)
