@@ -1,17 +1,24 @@
-"""Attention and its derivatives against NumPy in float64 by the formulas, and
-the modes of differentiation against each other."""
+"""Attention and its derivatives against NumPy in float64 by the formulas; the
+TPU kernels, interpreted, against the same; where they are taken."""
 
 # NumPy arrays stand for jax.Array
 # pyright: reportArgumentType=false, reportCallIssue=false
 
 import functools
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from giantsteps.kernels_pallas.jvp_attention import jvp_attention, reference
+from giantsteps.kernels_pallas.jvp_attention import (
+  examples,
+  jvp_attention,
+  reference,
+  tpu,
+)
+from giantsteps.models import dit
 
 # queries, keys, queries of a block
 CASES = [(7, 5, 7), (8, 6, 4), (7, 9, 3), (5, 5, 1)]
@@ -145,11 +152,161 @@ def test_extreme_scores_stay_finite():
   assert np.isfinite(out).all() and np.isfinite(slope).all()
 
 
+TILES = {"queries": 32, "keys": 128}
+SIZES = [  # queries, keys, heads, width, dtype
+  (40, 200, 2, 64, "bfloat16"),  # ragged both ways
+  (64, 256, 1, 72, "float32"),  # several programs, a width off the lanes
+  (5, 30, 1, 8, "float32"),  # less than a tile of everything
+]
+
+
+def of_kernel(function, interpret):
+  """One of the two kernels on (operands, tangents) of NumPy's `exact`."""
+  if function is tpu.attention:
+    return lambda q, k, v, *_: tpu.attention(
+      q, k, v, blocks=TILES, interpret=interpret
+    )
+
+  def tangent(q, k, v, dq, dk, dv):
+    out = reference.attention(q, k, v)
+    return tpu.tangent(
+      q, k, v, out, dq, dk, dv, blocks=TILES, interpret=interpret
+    )
+
+  return tangent
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels_equal_numpy(size):
+  length, keys, heads, width, dtype = size
+  draw = functools.partial(operands, length, keys, "float32", 2, heads, width)
+  given = [jnp.asarray(x, dtype) for x in (*draw()[:3], *draw(seed=1)[:3])]
+  wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in given]
+  push = lambda *x: jax.jvp(reference.attention, x[:3], x[3:])
+  plain = jax.jit(push)(*given)
+  for i, kernel in enumerate((tpu.attention, tpu.tangent)):
+    found = jax.jit(of_kernel(kernel, True))(*given)
+    assert found.dtype == dtype
+    want = exact(*wide)[i]
+    [error] = harness.relative_error(found, want)
+    [theirs] = harness.relative_error(plain[i], want)
+    assert error <= max(1.5 * theirs, harness.FLOOR[dtype])
+
+
+@pytest.mark.parametrize("kernel", [tpu.attention, tpu.tangent])
+def test_no_race_no_bound_nothing_unset(kernel):
+  draw = functools.partial(operands, 40, 200, "float32", 1, 2, 64)
+  given = [*draw()[:3], *draw(seed=1)[:3]]
+  run = lambda *x, interpret: of_kernel(kernel, interpret)(*x)
+  found = harness.run_checked(run, *given)
+  want = exact(*[np.float64(x) for x in given])[kernel is tpu.tangent]
+  assert harness.relative_error(found, want)[0] < 1e-5
+
+
+def by_numpy(function):
+  """A stand-in for a kernel: like one, it cannot be differentiated itself."""
+
+  def call(q, *others):
+    host = lambda *xs: np.float32(function(*[np.float64(x) for x in xs]))
+    shape = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return jax.pure_callback(host, shape, q, *others)
+
+  return call
+
+
+def test_derivatives_where_kernels_are_taken(monkeypatch):
+  """Every mode by the rules around the kernels, as by XLA."""
+  value = lambda q, k, v: exact(q, k, v, 0 * q, 0 * k, 0 * v)[0]
+  tangent = lambda q, k, v, out, *along: exact(q, k, v, *along)[1]
+  monkeypatch.setattr(tpu, "attention", by_numpy(value))
+  monkeypatch.setattr(tpu, "tangent", by_numpy(tangent))
+  *arrays, g = operands(9, 7, "float32")
+  *tangents, _ = operands(9, 7, "float32", seed=1)
+
+  def results(implementation):
+    attend = functools.partial(jvp_attention, implementation=implementation)
+    # a scanned, rematerialised layer before it, as in a network
+    layer = jax.checkpoint(lambda x, _: (jnp.sin(x), None), prevent_cse=False)
+
+    def network(q, k, v):
+      return attend(jax.lax.scan(layer, q, None, length=2)[0], k, v)
+
+    push = lambda xs, ts: jax.jvp(network, tuple(xs), tuple(ts))
+    loss = lambda xs, ts, g: jnp.vdot(push(xs, ts)[1], g)
+    modes = {
+      "jvp": lambda xs, ts, g: push(xs, ts),
+      "vjp": lambda xs, ts, g: jax.vjp(network, *xs)[1](g),
+      "grad of jvp": jax.grad(loss, (0, 1)),
+      "checkpoint": jax.grad(jax.checkpoint(loss)),
+    }
+    given = arrays, tangents, g
+    return {mode: jax.jit(f)(*given) for mode, f in modes.items()}
+
+  found, want = results("pallas_tpu"), results("xla")
+  for mode in want:
+    errors = harness.relative_error(found[mode], want[mode])
+    assert max(errors) < 3e-6, mode  # float32, some dozens of operations
+
+
+@pytest.mark.parametrize(
+  ("tokens", "dtype", "taken"),
+  [(1_024, "bfloat16", True), (1_023, "bfloat16", False)]
+  + [(1_024, "float32", False)],
+)
+def test_none_takes_the_kernels_where_they_pay(tokens, dtype, taken):
+  x = jax.ShapeDtypeStruct((1, tokens, 2, 64), dtype)
+  call = jax.jit(examples.value_and_tangent).trace(*[x] * 6)
+  text = call.lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count("tpu_custom_call") == 2 * taken
+
+
+def test_a_flow_map_of_many_tokens_is_lowered_with_kernels():
+  net = dit.Dit(
+    dit.Config(
+      width=128,
+      depth=2,
+      heads=2,
+      two_times=True,
+      dtype="bfloat16",
+      remat="full",
+    )
+  )
+  x, t = jnp.zeros((1, 64, 64, 1)), jnp.zeros(1)
+  params = jax.eval_shape(net.init, jax.random.key(0), x, t)
+
+  def loss(params, x, s, t):
+    run = lambda t: net.apply(params, x, t, s)
+    return jnp.sum(jax.jvp(run, (t,), (jnp.ones_like(t),))[1] ** 2)
+
+  traced = jax.jit(jax.grad(loss)).trace(params, x, t, t)
+  assert (
+    "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+  )
+  text = traced.lower(lowering_platforms=("cpu",)).as_text()
+  assert "tpu_custom_call" not in text
+
+
+@pytest.mark.parametrize("target", list(harness.TPUS))
+def test_a_user_gets_the_kernels_on_every_chip(target):
+  compiled = harness.compile_for(examples.examples()[0], target)
+  harness.assert_holds_kernel(compiled, "attention_tangent")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(harness.TPUS))
+@pytest.mark.parametrize(
+  "example", examples.examples()[1:], ids=lambda example: example.name
+)
+def test_other_sizes_compile(example, target):
+  compiled = harness.compile_for(example, target, "pallas_tpu")
+  harness.assert_holds_kernel(compiled, "attention_tangent")
+
+
 def test_bad_calls():
   q, k, v, _ = operands(4, 5, "float32")
   with pytest.raises(ValueError, match=r"\(2, 4, 3, 4\), v \(2, 5, 3, 4\)"):
     jvp_attention(q, q, v)
   with pytest.raises(ValueError, match="twice"):
     jvp_attention(q[:1], k, v)
-  with pytest.raises(ValueError, match="'pallas_gpu': here there is xla"):
+  with pytest.raises(ValueError, match="'pallas_gpu': here there is"):
     jvp_attention(q, k, v, implementation="pallas_gpu")
