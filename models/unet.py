@@ -212,7 +212,8 @@ def _several(
       outs.append(out)
       continue
     stack = _Stack(cfg, width, len(here), options, name=f"{name}_{first}")
-    given = None if here[0] is None else jnp.stack(here)
+    given = [skip for skip in here if skip is not None]
+    given = jnp.stack(given) if given else None
     h, out = stack(h, emb, given)
     outs.extend([] if out is None else out)
   return h, outs

@@ -112,8 +112,11 @@ def _(implementation, operands, tangents):
   """The second derivative is XLA's, by way of q, k and v: the output given
   moves as they make it move."""
   (residuals, first), (moved, second) = operands, tangents
-  once = lambda x, dx: _tangent_by_xla(*x, None, *dx)
-  along = jax.jvp(lambda x: once(x, first), (residuals[:3],), (moved[:3],))[1]
+
+  def once(q, k, v):
+    return _tangent_by_xla(q, k, v, None, *first)
+
+  along = jax.jvp(once, residuals[:3], moved[:3])[1]
   out = _tangent(implementation, residuals, first)
   return out, along + _tangent(implementation, residuals, second)
 

@@ -72,7 +72,14 @@ MODELS = {
   ),
   "dit": dit.Config(patch=2, width=64, depth=2, heads=2, num_classes=10),
   "uvit": uvit.Config(patch=2, width=64, depth=3, heads=2, num_classes=10),
-  "unet": unet.Config(channels=16, head_dim=16, blocks=2, num_classes=10),
+  "unet": unet.Config(
+    channels=16,
+    multipliers=(1,),
+    blocks=2,
+    attention=(8,),
+    head_dim=16,
+    num_classes=10,
+  ),
 }
 IMAGES = ("dit", "uvit", "unet")
 

@@ -1,5 +1,9 @@
 """Magnitude-preserving layers: sizes, the sphere, invariance to scale."""
 
+# NumPy arrays stand for jax.Array; parameters and results have no static type
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import functools
 
 import jax
@@ -55,9 +59,9 @@ def test_shares_of_a_concatenation():
 def test_convolution_equals_shifted_products():
   x, net = normal(2, 5, 4, 3), mp.Linear(7, side=3)
   params = net.init(jax.random.key(0), x)["params"]
-  w = np.float64(params["weight"])
+  w = np.asarray(params["weight"], np.float64)
   w = w / np.sqrt(np.sum(w**2, (0, 1, 2)))  # rms 1 and / sqrt(fan-in): norm 1
-  padded = np.pad(np.float64(x), ((0, 0), (1, 1), (1, 1), (0, 0)))
+  padded = np.pad(np.asarray(x, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
   want = sum(
     padded[:, i : i + 5, j : j + 4] @ w[i, j]
     for i in range(3)

@@ -1,5 +1,9 @@
 """The checkerboard's network against its formula and its published size."""
 
+# NumPy arrays stand for jax.Array; parameters and results have no static type
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# pyright: reportCallIssue=false, reportOperatorIssue=false
+
 import dataclasses
 
 import jax
