@@ -230,10 +230,13 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
   def init(key):
     return network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
 
-  def apply(params, s, t, x, labels=None):
+  def apply(params, s, t, x, labels=None, dropout=None):
     s = s if cfg.model.two_times else None  # None is the diagonal s = t
-    out = network.apply({"params": params}, x / sigma_0, t, s, labels)
-    return sigma_0 * out
+    rngs = {} if dropout is None else {"dropout": dropout}
+    variables = {"params": params}
+    return sigma_0 * network.apply(
+      variables, x / sigma_0, t, s, labels, rngs=rngs
+    )
 
   def corrupt(batch, key):
     x1 = batch["image"]
@@ -243,17 +246,28 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
     t = (jnp.arange(rows) + jax.random.uniform(time, (rows,))) / rows
     x0 = sigma_0 * jax.random.normal(noise, x1.shape)
     labels = {"label": batch["label"]} if classes else {}
-    return {"x0": x0, "x1": x1, "t": t, **labels}
+    keys = {}
+    if getattr(cfg.model, "dropout", 0.0):  # one per row: rows are divided
+      key = jax.random.fold_in(key, 2)
+      keys = {"dropout": jax.random.key_data(jax.random.split(key, rows))}
+    return {"x0": x0, "x1": x1, "t": t, **labels, **keys}
 
   def loss(params, arrays):
-    velocity = lambda s, t, x: apply(params, s, t, x, arrays.get("label"))
+    dropout = None
+    if "dropout" in arrays:
+      dropout = jax.random.wrap_key_data(arrays["dropout"][0])
+    velocity = lambda s, t, x: apply(
+      params, s, t, x, arrays.get("label"), dropout
+    )
     losses = flow_maps.flow_matching_loss(
       velocity, arrays["x0"], arrays["x1"], arrays["t"], path
     )
     return jnp.mean(losses) / arrays["x1"][0].size
 
   def evaluate(params, batch, key):
-    return {"held_out_loss": loss(params, corrupt(batch, key))}
+    arrays = corrupt(batch, key)
+    arrays.pop("dropout", None)
+    return {"held_out_loss": loss(params, arrays)}
 
   return Task(init, corrupt, loss, evaluate, apply)
 

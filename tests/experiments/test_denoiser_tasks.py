@@ -75,6 +75,26 @@ def test_steps_of_a_unet_end_on_the_sphere():
   np.testing.assert_array_equal(moved["unet"]["gain"], moved["uvit"]["gain"])
 
 
+def test_dropout_is_for_training_alone():
+  model = unet.Config(
+    channels=4, multipliers=(1,), head_dim=4, attention=(), dropout=0.5
+  )
+  task = tasks.build(config.Config(task="flow", model=model), DIGITS)
+  rng = np.random.default_rng(0)
+  normal = lambda a: rng.normal(size=a.shape).astype(a.dtype)
+  params = jax.tree.map(normal, jax.eval_shape(task.init, jax.random.key(0)))
+  batch = {"image": normal(np.zeros((4, 8, 8, 1), "float32"))}
+  arrays = task.corrupt(batch, jax.random.key(1))
+  assert arrays["dropout"].shape == (4, 2)
+  other = arrays | {"dropout": arrays["dropout"][::-1]}
+  without = {k: v for k, v in arrays.items() if k != "dropout"}
+  loss = jax.jit(task.loss)
+  first, second, still = (loss(params, a) for a in (arrays, other, without))
+  assert abs(first - second) > 1e-4 and abs(first - still) > 1e-4
+  held_out = jax.jit(task.evaluate)(params, batch, jax.random.key(1))
+  np.testing.assert_allclose(held_out["held_out_loss"], still, rtol=1e-5)
+
+
 def test_a_unet_is_not_shared():
   optim = config.Optim(shards=1)
   cfg = dataclasses.replace(run("unet"), optim=optim)
