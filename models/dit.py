@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from giantsteps.kernels_pallas.jvp_attention import jvp_attention
+from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.models import layers, mlp, partitioning
 
 
@@ -132,7 +134,8 @@ class Dit(nn.Module):
     out = nn.Dense(patches.shape[-1], kernel_init=zero, name="out", **dtypes)(
       mlp.modulate(h, shift, scale)
     )
-    return unpatchify(out.astype(jnp.float32), rows, columns, cfg.patch)
+    out = out.astype(accumulator(x.dtype))
+    return unpatchify(out, rows, columns, cfg.patch)
 
 
 class _Block(nn.Module):
@@ -153,7 +156,7 @@ class _Block(nn.Module):
     if cfg.qk_norm:
       q = layers.RMSNorm(dtype=cfg.dtype, name="q_norm")(q)
       k = layers.RMSNorm(dtype=cfg.dtype, name="k_norm")(k)
-    y = layers.attention(q, k, v, causal=False).reshape(h.shape)
+    y = jvp_attention(q, k, v).reshape(h.shape)
     h = h + gate * nn.Dense(cfg.width, name="attention_out", **dtypes)(y)
     y = mlp.modulate(h, mlp_shift, mlp_scale)
     y = nn.Dense(cfg.expand * cfg.width, name="up", **dtypes)(y)

@@ -243,21 +243,25 @@ def time_embedding(t: jax.Array, width: int, scale: float = 1.0) -> jax.Array:
     scale: multiplies t.
 
   Returns:
-    [B, width] float32.
+    [B, width] float32, or t.dtype where that is wider.
   """
-  half = width // 2
-  frequency = jnp.exp(-math.log(1e4) * jnp.arange(half) / half)
-  angle = scale * t.astype(jnp.float32)[:, None] * frequency[None]
+  half, wide = width // 2, accumulator(t.dtype)
+  frequency = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=wide) / half)
+  angle = scale * t.astype(wide)[:, None] * frequency[None]
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-  """Wraps a block for `nn.scan` by the name of a rematerialisation policy.
+def remat(
+  module: type[nn.Module], policy: str, *, scanned: bool = True
+) -> type[nn.Module]:
+  """Wraps a block by the name of a rematerialisation policy.
 
   Args:
     module: the block.
     policy: "none" keeps all activations, "full" recomputes the block in the
       backward pass, "dots" keeps matrix products without batch dimensions.
+    scanned: whether the block is the body of `nn.scan`; elsewhere the compiler
+      must be kept from finding the first results again.
 
   Raises:
     ValueError: for any other name.
@@ -271,4 +275,4 @@ def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
   keep = None
   if policy == "dots":
     keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  return nn.remat(module, policy=keep, prevent_cse=False)
+  return nn.remat(module, policy=keep, prevent_cse=not scanned)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from giantsteps.kernels_pallas.precision import accumulator
 from giantsteps.models import layers
 
 SINUSOIDS = 128  # width of the time embedding before its MLP
@@ -101,7 +102,7 @@ class Mlp(nn.Module):
     out = nn.Dense(flat.shape[-1], kernel_init=zero, name="out", **dtypes)(
       modulate(h, shift, scale)
     )
-    return out.astype(jnp.float32).reshape(x.shape)
+    return out.astype(accumulator(x.dtype)).reshape(x.shape)
 
 
 class _Block(nn.Module):
@@ -175,6 +176,6 @@ def modulation(parts: int, width: int, dtypes: dict[str, Any], name: str):
 
 def modulate(h: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """layer_norm(h) * (1 + scale) + shift; all of one rank, [B, ..., D]."""
-  wide = h.astype(jnp.float32)
+  wide = h.astype(accumulator(h.dtype))
   wide = jax.nn.standardize(wide, axis=-1, epsilon=1e-6)
   return wide.astype(h.dtype) * (1 + scale) + shift

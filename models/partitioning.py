@@ -9,8 +9,8 @@ rows, so that a block sums over the axis twice. Experts lie along it whole, each
 on one device. On a TPU torus the data axis
 may lie on several sides and is then several mesh axes, data_0, data_1, ...
 
-The table is for the stacks of transformer.py, lact.py and dit.py; what it does
-not name is held whole by every device.
+The table is for the stacks of transformer.py, lact.py, dit.py and uvit.py; what
+it does not name is held whole by every device.
 """
 
 import math
@@ -34,6 +34,7 @@ _RULES = (
   (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/kernel", ("fsdp", "model")),
   (r"layers/(.*/)?(q|k|v|qkv|gate|up|modulation)/bias", ("model",)),
   (r"layers/(.*/)?(o|attention_out|down)/kernel", ("model", "fsdp")),
+  (r"layers/skip/kernel", ("fsdp", None)),  # [2 D, D]
   (r"layers/moe/experts/(gate|up|down)", ("model", "fsdp", None)),  # [E, ., .]
   (r"layers/mixer/w[012](_left|_right)?", ("model", "fsdp", None)),  # [H, ., .]
   (r"(conditioning/.*|out_modulation)/kernel", ("fsdp", None)),
@@ -59,6 +60,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     shape: its shape; a dimension that an axis does not divide stays whole.
     mesh: axes it lacks, or has with size 1, are left out.
   """
+  path = re.sub("^(encoder|middle|decoder)/", "", path)  # of uvit.py
   axes = next((a for p, a in _RULES if re.fullmatch(p, path)), ())
   axes = (None,) * (len(shape) - len(axes)) + axes[: len(shape)]
   fits = lambda axis, size: (

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from giantsteps.experiments.harness import config as config_lib
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import tasks as tasks_lib
-from giantsteps.models import partitioning
+from giantsteps.models import partitioning, unet
 from giantsteps.research.large_batch import sharded_update
 
 
@@ -89,6 +89,11 @@ def _shared(cfg, task, mesh):
       f"optim.shards={shards} wants a mesh of data alone whose size divides "
       f"it, this one is {dict(mesh.shape)}; optim.shards=0 goes with fsdp and "
       "model"
+    )
+  if isinstance(cfg.model, unet.Config):
+    raise config_lib.InputError(
+      f"optim.shards={shards} with a unet, whose weights are projected whole "
+      "after every step: set optim.shards=0"
     )
   if cfg.optim.name == "muon":
     raise config_lib.InputError(

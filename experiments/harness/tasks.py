@@ -15,11 +15,23 @@ from giantsteps.models import (
   lact_views,
   mlp,
   partitioning,
+  plain_mlp,
   token_loss,
   transformer,
+  unet,
+  uvit,
 )
 from giantsteps.research import flow_maps, large_batch
 from giantsteps.research.diffusion_lm import block_diffusion, masked_diffusion
+
+# Networks of images and points: Config -> module.
+_DENOISERS = {
+  mlp.Config: mlp.Mlp,
+  plain_mlp.Config: plain_mlp.PlainMlp,
+  dit.Config: dit.Dit,
+  uvit.Config: uvit.Uvit,
+  unet.Config: unet.Unet,
+}
 
 
 class Task(NamedTuple):
@@ -49,14 +61,14 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
   Raises:
     InputError: if task, model and data do not fit together.
   """
-  fits = {mlp.Config: "flow", dit.Config: "flow", lact_views.Config: "views"}
+  fits = dict.fromkeys(_DENOISERS, "flow") | {lact_views.Config: "views"}
   wants = fits.get(type(cfg.model))
   if wants != cfg.task if wants else cfg.task in ("flow", "views"):
     raise config_lib.InputError(
       f"task={cfg.task!r} does not fit the model "
-      f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp or "
-      "dit; masked and autoregressive want transformer or lact; views wants "
-      "lact_views"
+      f"{type(cfg.model).__module__.rpartition('.')[2]!r}: flow wants mlp, "
+      "plain_mlp, dit, uvit or unet; masked and autoregressive want "
+      "transformer or lact; views wants lact_views"
     )
   wanted = {"flow": "image", "views": "views"}.get(cfg.task, "tokens")
   if description["kind"] != wanted:
@@ -92,7 +104,20 @@ def mask_token(cfg: config_lib.Config) -> int:
 
 
 def optimizer(cfg: config_lib.Config) -> optax.GradientTransformation:
-  """The transform of `cfg.optim`, its schedule over `cfg.steps`."""
+  """The transform of `cfg.optim`, its schedule over `cfg.steps`; weights that
+  live on a sphere end every step there."""
+  tx = _transform(cfg)
+  if not isinstance(cfg.model, unet.Config):
+    return tx
+
+  def onto_sphere(updates, params):
+    moved = unet.project(optax.apply_updates(params, updates))
+    return jax.tree.map(jnp.subtract, moved, params)
+
+  return optax.chain(tx, optax.stateless(onto_sphere))
+
+
+def _transform(cfg: config_lib.Config) -> optax.GradientTransformation:
   o = cfg.optim
   rate = schedule(cfg, o.learning_rate)
   match o.name:
@@ -174,8 +199,9 @@ def _muon_axes(params: Any) -> Any:
   """
 
   def axes(path, leaf):
-    *_, above, name = ("", *(getattr(key, "key", "") for key in path))
-    stacked = getattr(path[0], "key", "") == "layers"
+    keys = [getattr(key, "key", "") for key in path]
+    *_, above, name = ("", *keys)
+    stacked = "layers" in keys
     kernel = name == "kernel" and not above.startswith(("conv_", "router"))
     if not stacked or leaf.ndim != (3 if kernel else 4):
       return None
@@ -199,16 +225,18 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
       f"model.num_classes={classes}: {cfg.data.source!r} has "
       f"{description['num_classes']} classes; 0 ignores them"
     )
-  module = {mlp.Config: mlp.Mlp, dit.Config: dit.Dit}[type(cfg.model)]
-  network = module(cfg.model)
+  network = _DENOISERS[type(cfg.model)](cfg.model)
 
   def init(key):
     return network.init(key, jnp.zeros((1, *shape)), jnp.zeros(1))["params"]
 
-  def apply(params, s, t, x, labels=None):
+  def apply(params, s, t, x, labels=None, dropout=None):
     s = s if cfg.model.two_times else None  # None is the diagonal s = t
-    out = network.apply({"params": params}, x / sigma_0, t, s, labels)
-    return sigma_0 * out
+    rngs = {} if dropout is None else {"dropout": dropout}
+    variables = {"params": params}
+    return sigma_0 * network.apply(
+      variables, x / sigma_0, t, s, labels, rngs=rngs
+    )
 
   def corrupt(batch, key):
     x1 = batch["image"]
@@ -218,17 +246,28 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
     t = (jnp.arange(rows) + jax.random.uniform(time, (rows,))) / rows
     x0 = sigma_0 * jax.random.normal(noise, x1.shape)
     labels = {"label": batch["label"]} if classes else {}
-    return {"x0": x0, "x1": x1, "t": t, **labels}
+    keys = {}
+    if getattr(cfg.model, "dropout", 0.0):  # one per row: rows are divided
+      key = jax.random.fold_in(key, 2)
+      keys = {"dropout": jax.random.key_data(jax.random.split(key, rows))}
+    return {"x0": x0, "x1": x1, "t": t, **labels, **keys}
 
   def loss(params, arrays):
-    velocity = lambda s, t, x: apply(params, s, t, x, arrays.get("label"))
+    dropout = None
+    if "dropout" in arrays:
+      dropout = jax.random.wrap_key_data(arrays["dropout"][0])
+    velocity = lambda s, t, x: apply(
+      params, s, t, x, arrays.get("label"), dropout
+    )
     losses = flow_maps.flow_matching_loss(
       velocity, arrays["x0"], arrays["x1"], arrays["t"], path
     )
     return jnp.mean(losses) / arrays["x1"][0].size
 
   def evaluate(params, batch, key):
-    return {"held_out_loss": loss(params, corrupt(batch, key))}
+    arrays = corrupt(batch, key)
+    arrays.pop("dropout", None)
+    return {"held_out_loss": loss(params, arrays)}
 
   return Task(init, corrupt, loss, evaluate, apply)
 

@@ -10,7 +10,7 @@ import pytest
 from giantsteps.experiments.harness import config, tasks, training
 from giantsteps.experiments.harness import mesh as mesh_lib
 from giantsteps.experiments.harness import placement as placement_lib
-from giantsteps.models import dit, lact, transformer
+from giantsteps.models import dit, lact, transformer, unet, uvit
 
 STEPS = 3
 FSDP, TENSOR = {"data": 2, "fsdp": 4}, {"data": 4, "model": 2}
@@ -35,6 +35,12 @@ SLOW_RUNS = {
   "dit one": ("dit", {}, 0, 1),
   "dit zero": ("dit", {"data": 8}, 8, 1),
   "dit all": ("dit", ALL, 0, 1),
+  "uvit one": ("uvit", {}, 0, 1),
+  "uvit zero": ("uvit", {"data": 8}, 8, 1),
+  "uvit all": ("uvit", ALL, 0, 1),
+  "unet one": ("unet", {}, 0, 1),
+  "unet data": ("unet", {"data": 8}, 0, 1),
+  "unet fsdp": ("unet", FSDP, 0, 2),
   "experts one": ("experts", {}, 0, 1),
   "experts data": ("experts", {"data": 8}, 0, 1),
   "experts zero": ("experts", {"data": 8}, 8, 1),
@@ -65,7 +71,17 @@ MODELS = {
     muon=False,
   ),
   "dit": dit.Config(patch=2, width=64, depth=2, heads=2, num_classes=10),
+  "uvit": uvit.Config(patch=2, width=64, depth=3, heads=2, num_classes=10),
+  "unet": unet.Config(
+    channels=16,
+    multipliers=(1,),
+    blocks=2,
+    attention=(8,),
+    head_dim=16,
+    num_classes=10,
+  ),
 }
+IMAGES = ("dit", "uvit", "unet")
 
 MODELS["experts"] = dataclasses.replace(MODELS["transformer"], num_experts=4)
 
@@ -77,7 +93,7 @@ def make_config(
   optimizer: Literal["lamb", "lars"] = "lamb",
 ) -> config.Config:
   return config.Config(
-    task="flow" if model == "dit" else "masked",
+    task="flow" if model in IMAGES else "masked",
     model=MODELS[model],
     data=config.Data(source="stdlib", seq_len=16),
     optim=config.Optim(optimizer, trust_coefficient=0.1, shards=shards),
@@ -98,7 +114,7 @@ def losses(model, sizes, shards, accumulate, *optimizer) -> list[float]:
   )()
   rng = np.random.default_rng(0)
   lead = (STEPS, cfg.batch_size)
-  if model == "dit":
+  if model in IMAGES:
     rows = {
       "image": rng.normal(size=(*lead, 8, 8, 1)).astype(np.float32),
       "label": rng.integers(0, 10, lead).astype(np.int32),

@@ -1,4 +1,4 @@
-"""The denoisers: MLP and diffusion transformer."""
+"""The denoisers: MLP, diffusion transformer and U-ViT."""
 
 import dataclasses
 import functools
@@ -8,13 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl.testing import absltest, parameterized
 
-from giantsteps.models import dit, layers, mlp
+from giantsteps.models import dit, layers, mlp, uvit
 
 MLP = mlp.Config(width=16, depth=3, num_classes=4, two_times=True)
 DIT = dit.Config(
   width=16, depth=2, heads=2, num_classes=4, two_times=True, qk_norm=True
 )
-NETS = {"mlp": (mlp.Mlp, MLP), "dit": (dit.Dit, DIT)}
+UVIT = uvit.Config(
+  width=16, depth=5, heads=2, num_classes=4, two_times=True, qk_norm=True
+)
+NETS = {
+  "mlp": (mlp.Mlp, MLP),
+  "dit": (dit.Dit, DIT),
+  "uvit": (uvit.Uvit, UVIT),
+}
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(4, 4, 6, 2)), jnp.float32)
@@ -31,7 +38,8 @@ def build(name, **changes):
   init = jax.jit(lambda key: net.init(key, X, T)["params"])
   apply = jax.jit(lambda p, *args, **kw: net.apply({"params": p}, *args, **kw))
   rng = np.random.default_rng(1)
-  draw = lambda a: jnp.asarray(0.2 * rng.normal(size=a.shape), a.dtype)
+  size = 0.5 if name == "uvit" else 0.2  # its conditions are tokens of many
+  draw = lambda a: jnp.asarray(size * rng.normal(size=a.shape), a.dtype)
   shapes = jax.eval_shape(init, jax.random.key(0))
   return init, apply, jax.tree.map(draw, shapes)
 
@@ -51,6 +59,8 @@ class DenoiserTest(parameterized.TestCase):
     diagonal = apply(moved, X, T, T, labels=LABELS)
     np.testing.assert_array_equal(apply(moved, X, T, labels=LABELS), diagonal)
     # A network of one time with the same parameters is the same function.
+    if name == "uvit":
+      return  # a token of t - s = 0 is a token more
     _, one, _ = build(name, two_times=False)
     moved = {**moved, "conditioning": dict(moved["conditioning"])}
     for key in ("gap_in", "gap_out"):
@@ -89,13 +99,18 @@ class DenoiserTest(parameterized.TestCase):
   def test_stack_is_scanned(self, name):
     init, _, _ = build(name)
     params = init(jax.random.key(0))
-    depth = NETS[name][1].depth
-    for leaf in jax.tree.leaves(params["layers"]):
-      self.assertEqual(leaf.shape[0], depth)
-    kernel = params["layers"]["up"]["kernel"]
+    if name == "uvit":
+      stacks = {"encoder": 2, "middle": 1, "decoder": 2}
+      stacks = [(params[key]["layers"], n) for key, n in stacks.items()]
+    else:
+      stacks = [(params["layers"], NETS[name][1].depth)]
+    for stack, depth in stacks:
+      for leaf in jax.tree.leaves(stack):
+        self.assertEqual(leaf.shape[0], depth)
+    kernel = stacks[0][0]["up"]["kernel"]
     self.assertGreater(float(jnp.abs(kernel[0] - kernel[1]).max()), 0.1)
 
-  @parameterized.parameters(("mlp", "full"), ("dit", "dots"))
+  @parameterized.parameters(("mlp", "full"), ("dit", "dots"), ("uvit", "full"))
   def test_remat_changes_nothing(self, name, policy):
     _, apply, moved = build(name)
     _, again, _ = build(name, remat=policy)
@@ -119,7 +134,8 @@ class DenoiserTest(parameterized.TestCase):
     self.assertBetween(error, 1e-6, 0.1)
     _, _, small = build(name, dtype="bfloat16", param_dtype="bfloat16")
     for path, leaf in jax.tree_util.tree_leaves_with_path(small):
-      norm = "norm" in jax.tree_util.keystr(path)  # RMSNorm scales: float32
+      keys = jax.tree_util.keystr(path)
+      norm = "q_norm" in keys or "k_norm" in keys  # RMSNorm scales: float32
       self.assertEqual(leaf.dtype, jnp.float32 if norm else jnp.bfloat16)
 
   @parameterized.parameters(*NETS)
@@ -199,10 +215,64 @@ class DitTest(parameterized.TestCase):
     with self.assertRaisesRegex(ValueError, message):
       dataclasses.replace(DIT, **changes)
 
-  def test_bad_shapes(self):
-    _, apply, moved = build("dit")
+  @parameterized.parameters("dit", "uvit")
+  def test_bad_shapes(self, name):
+    _, apply, moved = build(name)
     with self.assertRaisesRegex(ValueError, r"\(4, 5, 6, 2\)"):
       apply(moved, jnp.zeros((4, 5, 6, 2)), T)
+
+
+class UvitTest(parameterized.TestCase):
+  def test_published_number_of_parameters(self):
+    # 13 (12 D^2 + 10 D) of the blocks, D = 512 (no bias in qkv; two norms),
+    # 6 (2 D^2 + D) of the long skips, 257 D positions, 13 D in, 2 D of the
+    # last norm, 12 (D + 1) out, 84 of the convolution: the paper's 44M.
+    x, t = jnp.zeros((1, 32, 32, 3)), jnp.zeros(1)
+    init = uvit.Uvit(uvit.CIFAR10).init
+    shapes = jax.eval_shape(init, jax.random.key(0), x, t)
+    count = sum(a.size for a in jax.tree.leaves(shapes))
+    d = 512
+    blocks = 13 * (12 * d**2 + 10 * d) + 6 * (2 * d**2 + d)
+    self.assertEqual(count, blocks + (257 + 13 + 2 + 12) * d + 12 + 84)
+    self.assertEqual(round(count / 1e6), 44)
+
+  def test_first_skip_goes_to_the_last_block(self):
+    # Without its other branches a block returns its part of skip: the last
+    # block of five returns what the first did, the one before what the second.
+    _, apply, moved = build("uvit", num_classes=0, two_times=False)
+    quiet = lambda stack: {
+      name: jax.tree.map(jnp.zeros_like, layer)
+      if name in ("attention_out", "down")
+      else layer
+      for name, layer in moved[stack]["layers"].items()
+    }
+    take = jnp.concatenate([jnp.zeros((16, 16)), jnp.eye(16)])
+    skip = {
+      "kernel": jnp.stack([jnp.zeros((32, 16)), take]),
+      "bias": jnp.zeros((2, 16)),
+    }
+    params = moved | {"middle": {"layers": quiet("middle")}}
+    params["decoder"] = {"layers": quiet("decoder") | {"skip": skip}}
+    out = apply(params, X, T)
+
+    def with_another(block):
+      change = lambda a: a.at[block].set(0.3)
+      return apply(
+        params | {"encoder": jax.tree.map(change, params["encoder"])}, X, T
+      )
+
+    np.testing.assert_array_equal(with_another(1), out)
+    self.assertGreater(float(jnp.abs(with_another(0) - out).max()), 1e-2)
+
+  @parameterized.parameters(
+    ({"heads": 3}, "width=16"),
+    ({"width": 15, "heads": 3}, "width=15"),
+    ({"depth": 4}, "depth=4"),
+    ({"patch": 0}, "patch=0"),
+  )
+  def test_bad_configs(self, changes, message):
+    with self.assertRaisesRegex(ValueError, message):
+      dataclasses.replace(UVIT, **changes)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from giantsteps.models import dit, lact, partitioning, transformer
+from giantsteps.models import dit, lact, partitioning, transformer, uvit
 
 MESH = AbstractMesh((2, 4, 8), ("data", "fsdp", "model"))
 TOKENS = np.zeros((1, 16), np.int32)
@@ -24,6 +24,8 @@ TOKENS = np.zeros((1, 16), np.int32)
     ("layers/down/kernel", (3, 64, 32), P(None, "model", "fsdp")),
     ("layers/mixer/o/kernel", (3, 64, 32), P(None, "model", "fsdp")),
     ("layers/mixer/w1", (3, 8, 4, 6), P(None, "model", "fsdp", None)),
+    ("decoder/layers/qkv/kernel", (6, 32, 64), P(None, "fsdp", "model")),
+    ("decoder/layers/skip/kernel", (6, 64, 32), P(None, "fsdp", None)),
     ("layers/attention_norm/scale", (3, 32), P(None, None)),
     # 3 is no multiple of 4, 12 none of 8
     ("layers/q/kernel", (3, 3, 12), P(None, None, None)),
@@ -50,9 +52,10 @@ def test_axes_of_a_batch():
     (transformer.Transformer(transformer.Config(qkv_bias=True)), (TOKENS,)),
     (lact.Lact(lact.Config(width=64, num_heads=2, fast_heads=2)), (TOKENS,)),
     (dit.Dit(dit.Config(patch=2)), (np.zeros((1, 8, 8, 1)), np.zeros(1))),
+    (uvit.Uvit(uvit.Config()), (np.zeros((1, 8, 8, 1)), np.zeros(1))),
   ],
 )
-def test_every_large_matrix_of_the_three_stacks_is_split(network, inputs):
+def test_every_large_matrix_of_the_stacks_is_split(network, inputs):
   mesh = AbstractMesh((1, 2, 2), ("data", "fsdp", "model"))
   shapes = jax.eval_shape(network.init, jax.random.key(0), *inputs)["params"]
   specs = partitioning.specs(shapes, mesh)
