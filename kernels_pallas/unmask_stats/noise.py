@@ -30,11 +30,15 @@ def gumbel(seed: jax.Array, token: jax.Array) -> jax.Array:
 
 def of_bits(bits: jax.Array) -> jax.Array:
   """Gumbel noise, float32, of 32 uniform bits."""
+  return -jnp.log(-jnp.log1p(-uniform(bits)))
+
+
+def uniform(bits: jax.Array) -> jax.Array:
+  """float32 in (0, 1), fine at its small end."""
   # 32 bits do not fit into float32: their halves do, and small sums are exact
   high = (bits >> 16).astype(jnp.int32).astype(jnp.float32) * np.float32(2**-16)
   low = (bits & 0xFFFF).astype(jnp.int32).astype(jnp.float32)
-  uniform = high + (low + np.float32(0.5)) * np.float32(2**-32)
-  return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, _TOP)))
+  return jnp.minimum(high + (low + np.float32(0.5)) * np.float32(2**-32), _TOP)
 
 
 def hash_bits(a: jax.Array, b: jax.Array, token: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from giantsteps.kernels_pallas import dispatch
-from giantsteps.kernels_pallas.unmask_stats import reference, tpu
+from giantsteps.kernels_pallas.unmask_stats import gpu, reference, tpu
 from giantsteps.kernels_pallas.unmask_stats.reference import Partial, Stats
 
 # Smaller heads were not compared with XLA's by the compiler's estimates.
@@ -41,9 +41,10 @@ def unmask_stats(
     axis_name: inside `jax.shard_map`, the axis over which the vocabulary is
       split: head and bias are this device's columns, as many on every device,
       in the order of the axis. Devices exchange 8 numbers per position.
-    implementation: "xla", "pallas_tpu" (bfloat16 and float32), or None: on
-      TPUs the kernel for bfloat16 hidden and V >= 4096, else XLA. The kernel
-      has no derivatives.
+    implementation: "xla", "pallas_tpu" (bfloat16 and float32), "pallas_gpu"
+      (`gpu.fits`; no default takes it before it is measured), or None: on TPUs
+      the kernel for bfloat16 hidden and V >= 4096, else XLA. Kernels have no
+      derivatives.
 
   Returns:
     `Stats`, [T] each; the lowest token of equals.
@@ -75,6 +76,9 @@ def unmask_stats(
   pays = hidden.dtype == jnp.bfloat16 and size >= _SMALLEST
   pays &= not dispatch.divided()
   kernel = functools.partial(tpu.partial, transposed=transposed)
+  on_gpu = None
+  if implementation and gpu.fits(hidden, head, transposed):
+    on_gpu = functools.partial(gpu.partial, transposed=transposed)
   found = dispatch.call(
     hidden,
     head,
@@ -84,6 +88,7 @@ def unmask_stats(
     offset,
     xla=functools.partial(reference.partial, transposed=transposed),
     pallas_tpu=kernel if exists and (pays or implementation) else None,
+    pallas_gpu=on_gpu,
     implementation=implementation,
   )
   if axis_name is not None:

@@ -200,7 +200,11 @@ def test_compile_for_pod_refuses_bad_input_in_one_line():
     (line("--accumulate=0"), ["accumulate"]),
     (line("--json=/no/such/folder/x.json"), ["/no/such/folder"]),
     (["--config=bert"], ["bert", "bert_large"]),
-    ([], ["config"]),
+    ([], ["--config", "--model"]),
+    (line("--model=/no/such/model"), ["--config", "--model"]),
+    (["--model=/no/such/model", "--topology=v5e:2x2"], ["/no/such/model"]),
+    (["--model=/x", "--topology=v5e:2x2", "--mesh=model=8"], ["model=8", "4"]),
+    (["--model=/x", "--cache=all"], ["all", "dual"]),
   ]
   lines, expected = zip(*cases, strict=True)
   check(invoke("compile_for_pod", list(lines)), lines, expected)
