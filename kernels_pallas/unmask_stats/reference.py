@@ -162,14 +162,15 @@ def summarise(
 
 
 def _place(x: jax.Array, peak: jax.Array) -> jax.Array:
-  """The lowest column of x [T, C] that holds its row's peak [T].
+  """The lowest column of x [T, C] that holds its row's peak [T]; 0 for NaN,
+  which equals nothing: a token of every vocabulary, padded or not.
 
   XLA's argmax is several times slower than two plain reductions on CPUs.
   """
   size = x.shape[-1]
   column = jnp.arange(size, dtype=jnp.int32)[None]
   found = jnp.min(jnp.where(x == peak[:, None], column, size), -1)
-  return jnp.minimum(found, size - 1)  # NaN equals nothing
+  return jnp.where(found < size, found, 0)
 
 
 def merge(a: Partial, b: Partial) -> Partial:

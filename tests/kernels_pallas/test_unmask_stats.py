@@ -176,6 +176,21 @@ def test_the_lowest_of_equals():
     np.testing.assert_array_equal(found.second, found.logit)
 
 
+@pytest.mark.parametrize("temperature", [None, 1.0])
+def test_nan_is_a_token_of_the_vocabulary(temperature):
+  # columns from 200 on are padding
+  bias = jnp.where(jnp.arange(300) < 200, 0.0, -jnp.inf)
+  hidden = jnp.array([[jnp.nan], [1.0]])
+  head = jnp.sin(jnp.arange(300.0))[None]
+  warmth = None if temperature is None else jnp.full(2, temperature)
+  seeds = jnp.ones((2, 2), jnp.uint32)
+  for tile in (8_192, 128):
+    found = reference.unmask_stats(hidden, head, bias, warmth, seeds, tile)
+    assert found.token[0] == 0
+    assert np.isnan(found.logsumexp[0]) and np.isfinite(found.logsumexp[1])
+    assert found.token[1] < 200
+
+
 def test_one_token_left():
   given = problem(4, 64, 260, "float32", sampled=True, banned=False)
   given["bias"] = jnp.full(260, -jnp.inf).at[200].set(0)
