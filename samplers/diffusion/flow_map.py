@@ -65,7 +65,7 @@ def renoising(
   gamma sigma xi has the law of the node. The last jump ends at the data.
 
   Args:
-    times: [N + 1], rising, from 0 (or later) to 1.
+    times: [N + 1], rising, from 0 (or later) to 1; 0 once at most.
     schedule: of the path, falling clock, with t_max = 1 at the noise: the
       first thing that `flow_maps.to_sampler` returns.
     gamma: in [0, 1].
@@ -82,6 +82,8 @@ def renoising(
   times = np.asarray(times, np.float64)
   if np.any(np.diff(times) < 0) or times[0] < 0 or times[-1] > 1:
     raise ValueError(f"times must rise within [0, 1]: {times}")
+  if not np.all(times[1:] > 0):  # no time has more noise than 0
+    raise ValueError(f"a jump ends at 0; only the first time may be 0: {times}")
   if (schedule.t_min, schedule.t_max) != (0.0, 1.0):
     raise ValueError(
       f"the schedule runs from {schedule.t_max} to {schedule.t_min}; it must "

@@ -153,6 +153,8 @@ class RenoisingTest(parameterized.TestCase):
       flow_map.renoising([0, 1], PATH, 1.5)
     with self.assertRaisesRegex(ValueError, "must rise"):
       flow_map.renoising([0, 0.5, 0.4, 1], PATH)
+    with self.assertRaisesRegex(ValueError, "only the first time"):
+      flow_map.renoising([0, 0, 1], PATH)
     with self.assertRaisesRegex(ValueError, "80.0"):
       flow_map.renoising([0, 1], schedules.edm())
     run = flow_map.renoising([0, 0.5, 1], PATH)
