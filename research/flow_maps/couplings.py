@@ -102,7 +102,7 @@ def sinkhorn(
 ) -> jax.Array:
   """The entropic plan between two batches, in the log domain.
 
-  P = exp((f_i + g_j - |x0_i - x1_j|^2) / reg), reg = eps times the mean cost,
+  P = exp(f_i + g_j - |x0_i - x1_j|^2 / reg), reg = eps times the mean cost,
   with rows and columns of sum 1/B; f and g by alternating updates from 0
   (Cuturi, arXiv:1306.0895).
 
@@ -117,10 +117,12 @@ def sinkhorn(
     has converged. `draw` takes partners from it.
 
   Raises:
-    ValueError: shapes that do not fit.
+    ValueError: shapes that do not fit, eps <= 0.
   """
   if x0.shape != x1.shape:
     raise ValueError(f"x0 {x0.shape} and x1 {x1.shape} must agree")
+  if not isinstance(eps, jax.Array) and not eps > 0:
+    raise ValueError(f"eps={eps} must be positive")
   wide = jnp.promote_types(x1.dtype, jnp.float32)
   cost = _costs(x0.astype(wide), x1.astype(wide))
   kernel = -cost / (eps * cost.mean())

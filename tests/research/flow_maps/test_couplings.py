@@ -137,6 +137,8 @@ class TransportTest(parameterized.TestCase):
       np.testing.assert_allclose(plan.sum(1), 1 / 24, rtol=0.05)
     best = cost[np.arange(24), p].mean()
     np.testing.assert_allclose(np.sum(plan * cost), best, rtol=0.05)
+    with self.assertRaisesRegex(ValueError, "eps=0.0"):
+      couplings.sinkhorn(x0, x1, 0.0)
     # eps = inf is the independent coupling
     plan = couplings.sinkhorn(x0, x1, np.inf)
     np.testing.assert_allclose(plan, 1 / 24**2, rtol=1e-5)
