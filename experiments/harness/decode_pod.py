@@ -125,16 +125,19 @@ def describe(
 
 def _call(name, model, batch, devices, topology, parts) -> dict[str, Any]:
   """One model call with the statistics of its logits."""
+  size = batch.block_size
+  if batch.cache != "block":  # as the loop has it
+    size = min(size, batch.num_tokens)
   policy = kv_cache.Policy(
     name=batch.cache,
-    block_size=batch.block_size,
-    longest=block_diffusion.bucket(batch.num_tokens, batch.block_size),
+    block_size=size,
+    longest=block_diffusion.bucket(batch.num_tokens, size),
     blocks_only=batch.cache == "block",
     shift=int(model.shift),
     causal=model.causal,
   )
   slots = block_diffusion.bucket(batch.prompt_length + batch.num_tokens)
-  rows, width = batch.rows, sum(policy.around) + batch.block_size
+  rows, width = batch.rows, sum(policy.around) + size
   if name == "refresh":
     rows = kv_cache.group_size(batch.rows, slots)
   if name == "refresh" or batch.cache == "none":
@@ -143,7 +146,7 @@ def _call(name, model, batch, devices, topology, parts) -> dict[str, Any]:
   @functools.partial(jax.jit, donate_argnums=3)
   def call(model, tokens, positions, cache, limits):
     hidden, cache = model.extend(tokens, positions, cache, limits)
-    block = hidden[:, : batch.block_size]
+    block = hidden[:, :size]
     return model.unmask_stats(block.reshape(-1, block.shape[-1])), cache
 
   tokens = jax.ShapeDtypeStruct((rows, width), jnp.int32)
@@ -162,7 +165,7 @@ def _call(name, model, batch, devices, topology, parts) -> dict[str, Any]:
   once = once if "head" in model.params else parts["parameters"]
   seconds = {
     "products": products / chip.flops,
-    "memory": (once + parts["cache"]) / chip.bandwidth,
+    "memory": (once + parts["cache"] * rows / batch.rows) / chip.bandwidth,
     "network": pod.network_seconds(found, topology),
     "schedule": collectives.cycles(text) / chip.clock,
   }

@@ -196,7 +196,8 @@ def clipped_rates(
     step: between two intervals of one width.
 
   Returns:
-    beta, omega; the widest of equals.
+    beta, omega; the widest of equals. beta may be 0, where `corrupt` wants
+    something above it, such as 1e-3.
 
   Raises:
     ValueError: if no interval holds two of the rates.

@@ -15,7 +15,7 @@ from giantsteps.research.flow_maps.interpolants import (
 )
 from giantsteps.research.flow_maps.losses import eulerian_loss, start
 from giantsteps.research.flow_maps.mean_flow import mean_flow_loss, normalized
-from giantsteps.research.flow_maps.residuals import square, stop
+from giantsteps.research.flow_maps.residuals import square, stop, wide
 from giantsteps.samplers.diffusion.guidance import Predict
 
 
@@ -113,14 +113,16 @@ def discrete_consistency_loss(
     ValueError: shapes that do not fit.
   """
   s, u, x, _ = start(x0, x1, s, u, I)
+  if t is not None and t.shape != s.shape:
+    raise ValueError(f"t {t.shape} must be [B] like s {s.shape}")
   t = jnp.ones_like(s) if t is None else t.astype(s.dtype)
   if teacher is None:
     later, _ = I(u, x0.astype(x.dtype), x1.astype(x.dtype))
   else:
-    later = x + expand(u - s, x) * teacher(s, u, x).astype(x.dtype)
-  wide = lambda v, s, x: x + expand(t - s, x) * v(s, t, x).astype(x.dtype)
-  goal = stop(wide(target or velocity, u, later))
-  return square(wide(velocity, s, x) - goal)
+    later = x + expand(u - s, x) * wide(teacher)(s, u, x)
+  jump = lambda v, s, x: x + expand(t - s, x) * wide(v)(s, t, x)
+  goal = stop(jump(target or velocity, u, later))
+  return square(jump(velocity, s, x) - goal)
 
 
 def scm_loss(

@@ -32,7 +32,7 @@ from giantsteps.research.flow_maps.interpolants import (
   Velocity,
   expand,
 )
-from giantsteps.research.flow_maps.residuals import Moving, square, stop
+from giantsteps.research.flow_maps.residuals import Moving, square, stop, wide
 
 
 def flow_matching_loss(
@@ -61,7 +61,7 @@ def flow_matching_loss(
     ValueError: if the shapes do not fit each other.
   """
   t, _, x, slope = start(x0, x1, t, t, I)
-  return square(velocity(t, t, x).astype(x.dtype) - slope)
+  return square(wide(velocity)(t, t, x) - slope)
 
 
 def lagrangian_loss(
@@ -235,11 +235,11 @@ def shortcut_loss(
   s, t, x, _ = start(x0, x1, s, t, I)
   bound = lambda y: y if clip is None else jnp.clip(y, -clip, clip)
   u = (s + t) / 2
-  first = teacher(s, u, x).astype(x.dtype)
+  first = wide(teacher)(s, u, x)
   middle = bound(x + expand(u - s, x) * first)
-  second = teacher(u, t, middle).astype(x.dtype)
+  second = wide(teacher)(u, t, middle)
   target = stop(bound((first + second) / 2))
-  return square(velocity(s, t, x).astype(x.dtype) - target)
+  return square(wide(velocity)(s, t, x) - target)
 
 
 def discrete_lagrangian_loss(
@@ -287,10 +287,10 @@ def discrete_lagrangian_loss(
     stop_gradient, full=(False, False), convex=(True, False), none=(True, True)
   )
   u = t - delta
-  v = velocity(s, t, x).astype(x.dtype)
-  short = stop(velocity(s, u, x).astype(x.dtype), not before)
+  v = wide(velocity)(s, t, x)
+  short = stop(wide(velocity)(s, u, x), not before)
   y = stop(x + expand(u - s, x) * short, not velocity_moves)
-  b = (teacher or velocity)(u, u, y).astype(x.dtype)
+  b = wide(teacher or velocity)(u, u, y)
   b = stop(b, not velocity_moves)
   # h v - (h - delta) short, over delta
   change = v + expand((u - s) / delta, x) * (v - short)
@@ -341,6 +341,7 @@ def start(
   x0: jax.Array, x1: jax.Array, s: jax.Array, t: jax.Array, I: Interpolant
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """(s, t, I_s, dI_s/ds) in float32 or wider, after a look at the shapes."""
+  s, t = jnp.asarray(s), jnp.asarray(t)
   if x0.shape != x1.shape or s.shape != x0.shape[:1]:
     raise ValueError(
       f"x0 {x0.shape} and x1 {x1.shape} must agree and times {s.shape} be [B]"

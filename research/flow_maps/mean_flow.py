@@ -16,7 +16,7 @@ from giantsteps.research.flow_maps.interpolants import (
   expand,
 )
 from giantsteps.research.flow_maps.losses import start
-from giantsteps.research.flow_maps.residuals import Moving, square, stop
+from giantsteps.research.flow_maps.residuals import Moving, square, stop, wide
 
 
 def mean_flow_loss(
@@ -101,9 +101,9 @@ def improved_mean_flow_loss(
   if isinstance(target, str) and target != "data":
     raise ValueError(f"unknown target {target!r}: 'data' or an array")
   goal = _drift(target, slope, x)
-  b = stop((head or velocity)(s, s, x).astype(x.dtype))
+  b = stop(wide(head or velocity)(s, s, x))
   v, rate = jax.jvp(
-    lambda s, x: velocity(s, t, x).astype(x.dtype),
+    lambda s, x: wide(velocity)(s, t, x),
     (s, x),
     (jnp.ones_like(s), b),
   )
@@ -148,9 +148,9 @@ def align_your_flow_loss(
     ValueError: shapes that do not fit.
   """
   s, t, x, _ = start(x0, x1, s, t, I)
-  b = stop(teacher(s, s, x).astype(x.dtype))
+  b = stop(wide(teacher)(s, s, x))
   v, rate = jax.jvp(
-    lambda s, x: velocity(s, t, x).astype(x.dtype),
+    lambda s, x: wide(velocity)(s, t, x),
     (s, x),
     (jnp.ones_like(s), b),
   )

@@ -69,7 +69,6 @@ def residual(
   Raises:
     ValueError: an unknown equation.
   """
-  wide = lambda v: lambda s, t, x: v(s, t, x).astype(x.dtype)
   student, teacher = wide(student), wide(teacher or student)
   match equation:
     case "lagrangian":
@@ -120,6 +119,20 @@ def _two_steps(velocity, s, t, x, u):
   first = velocity(s, u, x)
   there = x + expand(u - s, x) * first
   return share * first + (1 - share) * velocity(u, t, there)
+
+
+def wide(velocity: Velocity) -> Velocity:
+  """The velocity in the dtype of x, and in no shape but that of x."""
+
+  def call(s, t, x):
+    v = velocity(s, t, x)
+    if v.shape != x.shape:
+      raise ValueError(
+        f"velocity(s, t, x) is {v.shape}: must be {x.shape}, as x"
+      )
+    return v.astype(x.dtype)
+
+  return call
 
 
 def stop(x: jax.Array, frozen: bool = True) -> jax.Array:

@@ -341,6 +341,22 @@ class TypesTest(parameterized.TestCase):
   def test_unknown_stop_gradient(self):
     x, t = jnp.ones((3, 2)), jnp.ones(3)
     rest = (lambda s, t, x: x, x, x, t, t, flow_maps.linear())
+    narrow = lambda s, t, x: x[:, :1]  # would broadcast without a word
+    for loss in (
+      flow_maps.lagrangian_loss,
+      flow_maps.eulerian_loss,
+      flow_maps.progressive_loss,
+      flow_maps.mean_flow_loss,
+    ):
+      with self.assertRaisesRegex(ValueError, r"is \(3, 1\): must be \(3, 2\)"):
+        ones = jnp.ones((3, 2))
+        loss(
+          narrow, ones, ones, 0.2 * ones[:, 0], ones[:, 0], flow_maps.linear()
+        )
+    with self.assertRaisesRegex(ValueError, r"is \(3, 1\): must be \(3, 2\)"):
+      flow_maps.flow_matching_loss(
+        narrow, ones, ones, ones[:, 0], flow_maps.linear()
+      )
     with self.assertRaisesRegex(ValueError, "'convex': full or none"):
       flow_maps.lagrangian_loss(*rest, stop_gradient="convex")
     with self.assertRaisesRegex(ValueError, "'all': full or convex or none"):
