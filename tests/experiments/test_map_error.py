@@ -1,5 +1,7 @@
 """Map errors where the model is the closed form, and where it is known wrong."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +88,7 @@ def test_the_right_distribution_by_the_wrong_map():
   # quantile transport, solved by SciPy.
   law = lambda y: sum(stats.norm.cdf(y, m, 0.4) for m in (-2, 2)) / 2
   half = np.linspace(0.05, 3, 16)
-  ends = [
+  ends: Any = [
     optimize.brentq(lambda y, x=x: law(y) - stats.norm.cdf(x), -9, 9)
     for x in half
   ]
