@@ -23,6 +23,7 @@ import numpy as np
 import tensorstore
 
 from giantsteps.experiments.harness import config as config_lib
+from giantsteps.experiments.harness import shapes
 from giantsteps.research.test_time_training import (
   associative_recall,
   novel_views,
@@ -32,10 +33,11 @@ InputError = config_lib.InputError
 
 SEPARATOR = b"\0"  # between two files of text; no text file holds it
 SOURCES = (
-  *("digits", "stdlib", "scenes", "recall:KEYS"),
+  *("digits", "shapes32", "stdlib", "scenes", "recall:KEYS"),
   *("npz:PATH", "text:PATH", "zarr:PATH"),
 )
 NUM_SCENES = 2**16  # of the source "scenes", both splits together
+NUM_SHAPES = 2**20  # of the source "shapes32", likewise
 _SKIPPED_FOLDERS = {
   "site-packages",
   "dist-packages",
@@ -88,7 +90,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
   """Opens `cfg.source`; the splits depend on nothing else, no seed.
 
   digits: the 1,797 images [8, 8, 1] of scikit-learn, pixel / 8 - 1, in two
-  stratified halves, 898 for training. stdlib: the Python source of the running
+  stratified halves, 898 for training. shapes32: pictures [32, 32, 3] of four
+  classes, made when they are read (shapes.py). stdlib: the Python source of the running
   interpreter's standard library as bytes; files are held out by a hash of their
   path. recall:KEYS and scenes: made when they are read (research/
   test_time_training). text:PATH: bytes of one file (its end is held out) or of
@@ -107,6 +110,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
   kind, colon, path = cfg.source.partition(":")
   if kind == "digits" and not colon:
     return _digits(cfg)
+  if kind == "shapes32" and not colon:
+    return _shapes(cfg)
   if kind == "stdlib" and not colon:
     return _stdlib(cfg)
   if kind == "recall":
@@ -197,6 +202,17 @@ def _digits(cfg: config_lib.Data) -> Dataset:
     lambda rows: {"image": image[rows], "label": label[rows]},
     (by_class[1::2], by_class[::2]),  # in turns: every class is halved
     num_classes=10,
+  )
+
+
+def _shapes(cfg: config_lib.Data) -> Dataset:
+  rows = np.arange(NUM_SHAPES)
+  held_out = _held_out_rows(cfg, NUM_SHAPES)
+  return _image_dataset(
+    cfg.source,
+    lambda indices: shapes.sample(0, indices),
+    (rows[:-held_out], rows[-held_out:]),
+    num_classes=len(shapes.CLASSES),
   )
 
 

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+_BLOCK = 256  # rows whose distances to all others are held at a time
+
 
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
   """|m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)).
@@ -118,7 +120,128 @@ def nearest_distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     [N] float64.
   """
   x, y = _rows(x, y)
-  return np.sqrt(_squared_distance(x, y).min(1))
+  parts = [_squared_distance(rows, y).min(1) for rows in _blocks(x)]
+  return np.sqrt(np.concatenate(parts))
+
+
+def precision_recall(
+  real: np.ndarray, generated: np.ndarray, k: int = 5
+) -> tuple[float, float]:
+  """How much of `generated` lies near `real`, and the other way.
+
+  Of each set, a ball about every row that reaches to its k-th nearest other
+  row; precision is the share of generated rows within a ball of the real ones,
+  recall with the sets exchanged (Kynkaanniemi et al., arXiv:1904.06991, eq. 1
+  and 2). In blocks of rows: memory N times 256, not N M D.
+
+  Args:
+    real: [N, ...], N > k; trailing axes are one vector.
+    generated: [M, ...], M > k; compare equal counts only.
+    k: 5 as a rule; 3 in the paper.
+
+  Raises:
+    ValueError: for other shapes or k.
+  """
+  if k < 1:
+    raise ValueError(f"k={k} must be at least 1")
+  x, y = _rows(real, generated, least=k + 1)
+  return _covered(y, x, k), _covered(x, y, k)
+
+
+def histogram_entropy(labels: np.ndarray, num_classes: int) -> float:
+  """Entropy of the class histogram in nats; log(num_classes) if balanced.
+
+  Args:
+    labels: [N] integers in [0, num_classes), as a classifier gives them.
+    num_classes: K.
+
+  Raises:
+    ValueError: for no labels, or labels outside.
+  """
+  labels = np.asarray(labels)
+  if labels.ndim != 1 or not len(labels) or labels.dtype.kind not in "iu":
+    raise ValueError(f"labels {labels.shape} {labels.dtype}: not [N] integers")
+  if labels.min() < 0 or labels.max() >= num_classes:
+    raise ValueError(
+      f"labels {labels.min()} to {labels.max()}: not in 0..{num_classes - 1}"
+    )
+  p = np.bincount(labels, minlength=num_classes) / len(labels)
+  p = p[p > 0]
+  return float(-np.sum(p * np.log(p)))
+
+
+def record(
+  train: np.ndarray,
+  held_out: np.ndarray,
+  generated: np.ndarray,
+  features: Callable[[np.ndarray], np.ndarray],
+  feature_net: Mapping[str, Any],
+  *,
+  seed: int = 0,
+  num_directions: int = 256,
+) -> dict[str, Any]:
+  """Distances of generated images from held-out ones, with both controls.
+
+  Every distance is measured three times, at equal counts n = min of the three:
+  of the generated images, of real training images (`floor`), and of a Gaussian
+  fitted to the training images' pixels (`fitted_gaussian`). All are against the
+  first n held-out images.
+
+  Args:
+    train, held_out, generated: [N, ...] images, N >= 6; the first n are used,
+      but memorisation is looked for in all of `train`.
+    features: [n, ...] -> [n, F].
+    feature_net: its name under "features" and "weights_sha256", as
+      `digits_features` returns; it is kept whole.
+    seed: of the directions and the fitted Gaussian.
+    num_directions: of the sliced distance, on pixels.
+
+  Returns:
+    n_ref, n_gen, seed, feature_net, and for generated, floor and
+    fitted_gaussian: fd_<net>, mmd2_<net> (poly3, unbiased), precision, recall
+    (k = 5, on features), swd_pixel, fd_pixel and nearest_train, the median
+    distance to the nearest training image; nearest_train_held_out is its
+    control, far below which there are copies. It is None for the floor.
+
+  Raises:
+    ValueError: if the net's name or hash is missing.
+  """
+  for key in ("features", "weights_sha256"):
+    if not feature_net.get(key):
+      raise ValueError(f"feature_net={dict(feature_net)}: {key!r} is missing")
+  net = feature_net["features"]
+  n = min(len(train), len(held_out), len(generated))
+  reference = np.asarray(held_out[:n])
+  known = features(reference)
+  size = int(np.prod(reference.shape[1:]))
+  directions = np.random.default_rng(seed).normal(size=(num_directions, size))
+  directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+  nearest = lambda x: float(np.median(nearest_distance(x, train)))
+
+  def against(images: np.ndarray) -> dict[str, Any]:
+    there = features(images)
+    precision, recall = precision_recall(known, there)
+    return {
+      f"fd_{net}": frechet_distance(there, known),
+      f"mmd2_{net}": mmd2(there, known, "poly3"),
+      "precision": precision,
+      "recall": recall,
+      "swd_pixel": sliced_wasserstein(images, reference, directions),
+      "fd_pixel": frechet_distance(images, reference),
+    }
+
+  made = np.asarray(generated[:n])
+  control = fitted_gaussian(train, n, seed)
+  return {
+    "n_ref": n,
+    "n_gen": n,
+    "seed": seed,
+    "feature_net": dict(feature_net),
+    "generated": against(made) | {"nearest_train": nearest(made)},
+    "floor": against(np.asarray(train[:n])) | {"nearest_train": None},
+    "fitted_gaussian": against(control) | {"nearest_train": nearest(control)},
+    "nearest_train_held_out": nearest(reference),
+  }
 
 
 def fitted_gaussian(reference: np.ndarray, n: int, seed: int) -> np.ndarray:
@@ -209,6 +332,19 @@ def _rows(x, y, least=1) -> tuple[np.ndarray, np.ndarray]:
       f" trailing axes and at least {least} rows"
     )
   return x.reshape(len(x), -1), y.reshape(len(y), -1)
+
+
+def _blocks(x: np.ndarray) -> list[np.ndarray]:
+  return np.split(x, range(_BLOCK, len(x), _BLOCK))
+
+
+def _covered(x: np.ndarray, y: np.ndarray, k: int) -> float:
+  """Share of rows of x within the k-neighbour ball of some row of y."""
+  # a row is its own nearest: its k-th other one is at place k
+  reach = [np.partition(_squared_distance(b, y), k)[:, k] for b in _blocks(y)]
+  radius = np.concatenate(reach)[None]
+  inside = [(_squared_distance(b, y) <= radius).any(1) for b in _blocks(x)]
+  return float(np.concatenate(inside).mean())
 
 
 def _covariance(x: np.ndarray) -> np.ndarray:

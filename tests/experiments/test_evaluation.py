@@ -115,6 +115,89 @@ class InvariantTest(parameterized.TestCase):
         call()
 
 
+class CoverageTest(parameterized.TestCase):
+  @parameterized.parameters(1, 5)
+  def test_equals_the_definition_row_by_row(self, k):
+    x, y = RNG.normal(size=(300, 2)), 0.7 * RNG.normal(size=(290, 2)) + 0.5
+
+    def share(points, support):
+      total = 0
+      for p in points:
+        for i, s in enumerate(support):
+          others = np.delete(support, i, 0)
+          radius = np.sort(np.sqrt(((others - s) ** 2).sum(1)))[k - 1]
+          if np.sqrt(((p - s) ** 2).sum()) <= radius:
+            total += 1
+            break
+      return total / len(points)
+
+    precision, recall = evaluation.precision_recall(x, y, k)
+    self.assertAlmostEqual(precision, share(y, x), places=12)
+    self.assertAlmostEqual(recall, share(x, y), places=12)
+
+  def test_extremes(self):
+    x = RNG.normal(size=(40, 3, 2))
+    self.assertEqual(evaluation.precision_recall(x, x), (1, 1))
+    self.assertEqual(evaluation.precision_recall(x, x + 100), (0, 0))
+    # one mode of two: all of it is real, half of the real is covered
+    two = np.concatenate([x, x + 100])
+    same = np.concatenate([x, x])
+    self.assertEqual(evaluation.precision_recall(two, same), (1, 0.5))
+
+  def test_entropy(self):
+    entropy = evaluation.histogram_entropy
+    self.assertAlmostEqual(entropy(np.arange(30) % 10, 10), np.log(10))
+    self.assertEqual(entropy(np.full(7, 3), 10), 0)
+    self.assertAlmostEqual(
+      entropy(np.array([0, 0, 0, 2]), 3),
+      -0.75 * np.log(0.75) - 0.25 * np.log(0.25),
+    )
+
+  def test_nearest_distance_across_blocks(self):
+    x, y = RNG.normal(size=(600, 3)), RNG.normal(size=(50, 3))
+    want = [np.linalg.norm(row - y, axis=1).min() for row in x]
+    np.testing.assert_allclose(evaluation.nearest_distance(x, y), want)
+
+  def test_record_tells_copies_from_new_rows(self):
+    train, held_out, new = RNG.normal(size=(3, 300, 2, 2))
+    net = {"features": "identity4", "weights_sha256": "none: identity"}
+    flat = lambda x: x.reshape(len(x), -1)
+    measure = lambda made: evaluation.record(train, held_out, made, flat, net)
+    copies, fresh, shifted = map(measure, (train, new, new + 2))
+    self.assertEqual(copies["generated"]["nearest_train"], 0)
+    self.assertGreater(copies["nearest_train_held_out"], 0.1)
+    ratio = fresh["generated"]["nearest_train"]
+    ratio /= fresh["nearest_train_held_out"]
+    self.assertBetween(ratio, 0.7, 1.4)
+    # copies are the floor itself
+    for key in ("fd_identity4", "precision", "swd_pixel"):
+      self.assertEqual(copies["generated"][key], copies["floor"][key])
+    # four coordinates shifted by 2
+    gain = shifted["generated"]["fd_pixel"] - fresh["generated"]["fd_pixel"]
+    gap = 4 * 4 + 4 * (flat(new).mean(0) - flat(held_out).mean(0)).sum()
+    self.assertAlmostEqual(gain, gap, places=8)
+    self.assertEqual((fresh["n_ref"], fresh["n_gen"]), (300, 300))
+    self.assertEqual(fresh["feature_net"], net)
+    unequal = evaluation.record(train, held_out, new[:50], flat, net)
+    self.assertEqual((unequal["n_ref"], unequal["n_gen"]), (50, 50))
+
+  def test_bad_input(self):
+    x = np.zeros((4, 3))
+    cases = (
+      (lambda: evaluation.precision_recall(x, x), "at least 6 rows"),
+      (lambda: evaluation.precision_recall(x, x, 0), "k=0"),
+      (lambda: evaluation.histogram_entropy(np.array([3]), 3), "3 to 3"),
+      (lambda: evaluation.histogram_entropy(np.array([0.5]), 3), "float64"),
+      (
+        lambda: evaluation.record(x, x, x, lambda a: a, {"features": "n"}),
+        "weights_sha256",
+      ),
+    )
+    for call, message in cases:
+      with self.assertRaisesRegex(ValueError, message):
+        call()
+
+
 class DigitsFeaturesTest(absltest.TestCase):
   def halves(self):
     pixels, labels = datasets.load_digits(return_X_y=True)
