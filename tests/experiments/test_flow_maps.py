@@ -38,6 +38,13 @@ def run(*overrides, model=None):
   return cfg
 
 
+def start(task):
+  """Parameters and one batch, by one program."""
+  keys = jax.random.key(0), jax.random.key(1)
+  make = lambda a, b: (task.init(a), task.corrupt(EYE, b))
+  return jax.jit(make)(*keys)
+
+
 def test_split_takes_every_row_once_and_evenly():
   rows = {"x": np.arange(16), "y": np.arange(32).reshape(16, 2)}
   diagonal, jumps = map_losses.split(rows, 12)
@@ -54,8 +61,7 @@ def test_loss_is_the_sum_of_both_parts_over_the_batch(weight):
   # jumps' is 0, whatever the times
   cfg = run(f"flow_map.weight={weight}", model=mlp.Config(8, 1, two_times=True))
   task = tasks.build(cfg, POINTS)
-  params = task.init(jax.random.key(0))
-  arrays = task.corrupt(EYE, jax.random.key(1))
+  params, arrays = start(task)
   diagonal, jumps = arrays["diagonal"], arrays["jumps"]
   assert (len(diagonal["x0"]), len(jumps["x0"])) == (24, 8)
   each = np.zeros(32)
@@ -72,15 +78,14 @@ def test_loss_is_the_sum_of_both_parts_over_the_batch(weight):
     )
     w = (emb(s) + emb(t)) @ row / np.sqrt(2)
     each = np.exp(-w) * each + w
-  got = task.loss(params, arrays)
+  got = jax.jit(task.loss)(params, arrays)
   np.testing.assert_allclose(got, each.sum() / 32, rtol=1e-5)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(loss):
   task = tasks.build(run(f"flow_map.loss={loss}"), POINTS)
-  params = task.init(jax.random.key(0))
-  arrays = task.corrupt(EYE, jax.random.key(1))
+  params, arrays = start(task)
   tx = optax.adam(1e-2)
 
   @jax.jit
@@ -100,8 +105,7 @@ def test_every_loss_trains(loss):
 def test_micro_batches_change_nothing():
   cfg = run("flow_map.weight=learned", "flow_map.loss=progressive_uniform")
   task = tasks.build(cfg, POINTS)
-  params = task.init(jax.random.key(0))
-  arrays = task.corrupt(EYE, jax.random.key(1))
+  params, arrays = start(task)
   mesh = mesh_lib.make({})
   whole, parts = (
     jax.jit(
@@ -119,7 +123,7 @@ def test_jumps_grow_from_the_diagonal():
   cfg = run("flow_map.anneal=0.5", "steps=100")
   task = tasks.build(cfg, POINTS)
   assert task.at_step and not tasks.build(run(), POINTS).at_step
-  arrays = task.corrupt(EYE, jax.random.key(1))
+  _, arrays = start(task)
   s, t = (np.asarray(arrays["jumps"][k]) for k in "st")
   assert np.all(s <= t) and np.max(t - s) > 0.5
   for step, bound in [(0, 0.02), (24, 0.5), (49, 1.0), (99, 1.0)]:
