@@ -34,7 +34,8 @@ class Data:
   """Where the rows come from.
 
   Attributes:
-    source: digits, stdlib, scenes, npz:PATH, text:PATH or zarr:PATH.
+    source: digits, stdlib, scenes, checkerboard, mixture:D, npz:PATH,
+      text:PATH or zarr:PATH.
     seq_len: tokens per row, for sources of tokens.
     held_out: fraction that is never trained on (digits: one half, always).
     views: pictures per scene, 2 or more; the highest power of two below is
@@ -60,7 +61,9 @@ class Optim:
       of the stack; 0: learning_rate.
     schedule: its shape after the warmup, from the peak to end_factor * peak.
     warmup: steps of linear rise from 0.
-    end_factor: last rate / peak.
+    hold: inverse_sqrt only, steps at the peak: after it the rate is the peak /
+      sqrt(step / hold), whatever `steps` is.
+    end_factor: last rate / peak, of cosine and linear.
     b1, b2: decay of the moments; lars and nesterov: b1 is the momentum.
     eps: added to the root of the second moment.
     weight_decay: decoupled, per step and unit of rate; lars and nesterov: added
@@ -74,11 +77,12 @@ class Optim:
     reduce_dtype: with shards, in which gradients are added across devices.
   """
 
-  name: Literal["lamb", "lars", "adamw", "nesterov", "muon"] = "lamb"
+  name: Literal["lamb", "lars", "adamw", "radam", "nesterov", "muon"] = "lamb"
   learning_rate: float = 1e-2
   adam_learning_rate: float = 0.0
-  schedule: Literal["constant", "cosine", "linear"] = "cosine"
+  schedule: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "cosine"
   warmup: int = 0
+  hold: int = 35_000
   end_factor: float = 0.0
   b1: float = 0.9
   b2: float = 0.999
@@ -88,6 +92,44 @@ class Optim:
   clip_norm: float = 1.0
   shards: int = 0
   reduce_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMap:
+  """Of task flow: how a network of two times learns to jump
+  (research/flow_maps; the defaults are those of arXiv:2505.18825).
+
+  Attributes:
+    loss: of the rows that jump; none: a velocity is learned, no map. All of
+      them teach themselves, without a second network. progressive halves the
+      jump (PSD-M), progressive_uniform splits it anywhere (PSD-U),
+      discrete_lagrangian needs no jvp (steps of a tenth of the jump).
+    diagonal: share of the batch with s = t, which learns the velocity.
+    times: triangle is uniform; logit_normal is MeanFlow's.
+    interpolant: the path from noise to data.
+    weight: of a row's loss, which is summed over coordinates: none, adaptive
+      (MeanFlow's) or learned, a function of (s, t) with 128 parameters.
+    sigma_0: standard deviation of the noise; 0: that of the data.
+    anneal: share of all steps in which the longest jump grows from 0 to 1.
+  """
+
+  loss: Literal[
+    "none",
+    "lagrangian",
+    "frozen_lagrangian",
+    "discrete_lagrangian",
+    "eulerian",
+    "progressive",
+    "progressive_uniform",
+    "mean_flow",
+    "improved_mean_flow",
+  ] = "none"
+  diagonal: float = 0.75
+  times: Literal["triangle", "logit_normal"] = "triangle"
+  interpolant: Literal["linear", "trigonometric"] = "linear"
+  weight: Literal["none", "adaptive", "learned"] = "none"
+  sigma_0: float = 0.0
+  anneal: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +162,7 @@ class Config:
       unseen views of a scene.
     model: the `Config` of a module of giantsteps.models; its type names the
       network.
-    data, optim, second: see there.
+    data, optim, flow_map, second: see there.
     block_size: of task masked: blocks of so many tokens are learned, each given
       those before it (research/diffusion_lm/block_diffusion.py); 0: whole rows.
     rate_low, rate_high: of task masked: the share of a block, or row, that is
@@ -146,6 +188,7 @@ class Config:
   model: Any
   data: Data = Data()
   optim: Optim = Optim()
+  flow_map: FlowMap = FlowMap()
   second: Stage = Stage()
   block_size: int = 0
   rate_low: float = 0.0
@@ -244,6 +287,52 @@ def validate(cfg: Config) -> None:
   if cfg.second.start:
     _check_second(cfg)
   _check_masking(cfg)
+  _check_flow_map(cfg)
+
+
+def _check_flow_map(cfg: Config) -> None:
+  wants = cfg.flow_map
+  if wants.loss == "none":
+    if wants != FlowMap():
+      lines = _changed(wants, FlowMap())
+      raise InputError(
+        f"{lines}: without flow_map.loss there is no map, leave the default"
+      )
+    return
+  if cfg.task != "flow":
+    raise InputError(
+      f"flow_map.loss={wants.loss!r}: wants task='flow', not {cfg.task!r}"
+    )
+  if not getattr(cfg.model, "two_times", False):
+    raise InputError(
+      f"flow_map.loss={wants.loss!r}: wants a network of two times, set "
+      "model.two_times=true"
+    )
+  if not 0 <= wants.diagonal < 1:
+    raise InputError(
+      f"flow_map.diagonal={wants.diagonal}: must be in [0, 1); a velocity "
+      "alone is flow_map.loss=none"
+    )
+  if not 0 <= wants.anneal <= 1:
+    raise InputError(f"flow_map.anneal={wants.anneal}: must be in [0, 1]")
+  if wants.diagonal == 0 and "mean_flow" not in wants.loss:
+    raise InputError(
+      f"flow_map.diagonal={wants.diagonal}: {wants.loss} sees data on the "
+      "diagonal alone, leave it some rows"
+    )
+  rows = round(wants.diagonal * cfg.batch_size)
+  if cfg.batch_size == rows or not rows and wants.diagonal:
+    raise InputError(
+      f"flow_map.diagonal={wants.diagonal}: of batch_size={cfg.batch_size} "
+      f"rows {rows} would be on the diagonal and {cfg.batch_size - rows} jump"
+    )
+
+
+def _changed(node: Any, default: Any) -> str:
+  """ "flow_map.a=1, ..." for the fields that are not the default's."""
+  values = dataclasses.asdict(node).items()
+  changed = [(k, v) for k, v in values if v != getattr(default, k)]
+  return ", ".join(f"flow_map.{k}={v}" for k, v in changed)
 
 
 def _check_masking(cfg: Config) -> None:
@@ -329,6 +418,8 @@ _RANGES = {  # low <= value < high
   "checkpoint_every": (0, _LARGE),
   "keep_every": (0, _LARGE),
   "optim.warmup": (0, _LARGE),
+  "optim.hold": (1, _LARGE),
+  "flow_map.sigma_0": (0, _LARGE),
   "optim.shards": (0, _LARGE),
   "block_size": (0, _LARGE),
   "second.start": (0, _LARGE),

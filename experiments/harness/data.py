@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore
 
 from giantsteps.experiments.harness import config as config_lib
-from giantsteps.experiments.harness import shapes
+from giantsteps.experiments.harness import mixtures, points, shapes
 from giantsteps.research.test_time_training import (
   associative_recall,
   novel_views,
@@ -34,8 +34,10 @@ InputError = config_lib.InputError
 SEPARATOR = b"\0"  # between two files of text; no text file holds it
 SOURCES = (
   *("digits", "shapes32", "stdlib", "scenes", "recall:KEYS"),
+  *("checkerboard", "mixture:D"),
   *("npz:PATH", "text:PATH", "zarr:PATH"),
 )
+_PER_SEED = 2**36  # endless rows between the first ones of two seeds
 NUM_SCENES = 2**16  # of the source "scenes", both splits together
 NUM_SHAPES = 2**20  # of the source "shapes32", likewise
 _SKIPPED_FOLDERS = {
@@ -61,11 +63,15 @@ class Split:
     read: indices [B] int64 in [0, n) -> {"image": [B, H, W, C] float32 in
       [-1, 1], "label": [B] int32 if known} or {"tokens": [B, T] int32,
       "weights": [B, T] float32 where not all tokens count} or {"image": [B, V,
-      S, S, 3] float32 in [0, 1], "rays": [B, V, S, S, 6] float32}; pure.
+      S, S, 3] float32 in [0, 1], "rays": [B, V, S, S, 6] float32} or {"point":
+      [B, D] float32}; pure.
+    endless: rows are independent draws, made from their index: their order
+      means nothing, and a seed starts at a place of its own.
   """
 
   num_rows: int
   read: Callable[[np.ndarray], dict[str, np.ndarray]]
+  endless: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +83,12 @@ class Dataset:
     description: plain JSON, the same for the same data: kind, source, rows of
       each split; images: shape [H, W, C], std of the training pixels,
       num_classes (0: no labels); text: files, bytes and digest per split;
-      views: shape [V, S, S, 3].
+      views: shape [V, S, S, 3]; points: shape [D], std of a coordinate.
   """
 
   train: Split
   held_out: Split
-  kind: Literal["image", "tokens", "views"]
+  kind: Literal["image", "tokens", "views", "points"]
   description: dict[str, Any]
 
 
@@ -91,14 +97,14 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
 
   digits: the 1,797 images [8, 8, 1] of scikit-learn, pixel / 8 - 1, in two
   stratified halves, 898 for training. shapes32: pictures [32, 32, 3] of four
-  classes, made when they are read (shapes.py). stdlib: the Python source of the running
-  interpreter's standard library as bytes; files are held out by a hash of their
-  path. recall:KEYS and scenes: made when they are read (research/
-  test_time_training). text:PATH: bytes of one file (its end is held out) or of
-  all files of a
-  folder (by the hash). npz:PATH, zarr:PATH: images [N, H, W] or [N, H, W, C],
-  uint8 or float in [-1, 1], or integer tokens [N, T] or [N]; zarr is read by
-  random access and never whole.
+  classes, made when they are read (shapes.py). stdlib: the Python source of the
+  running interpreter's standard library as bytes; files are held out by a hash
+  of their path. recall:KEYS and scenes: made when they are read (research/
+  test_time_training). checkerboard, mixture:1, mixture:2: points without end,
+  made too (harness/points.py). text:PATH: bytes of one file (its end is held
+  out) or of all files of a folder (by the hash). npz:PATH, zarr:PATH: images
+  [N, H, W] or [N, H, W, C], uint8 or float in [-1, 1], or integer tokens [N, T]
+  or [N]; zarr is read by random access and never whole.
 
   Args:
     cfg: source, sequence length, held-out fraction.
@@ -118,6 +124,8 @@ def load(cfg: config_lib.Data, vocab_size: int | None = None) -> Dataset:
     return _recall(cfg, path, vocab_size)
   if kind == "scenes" and not colon:
     return _scenes(cfg)
+  if kind == "mixture" or cfg.source == "checkerboard":
+    return _points(cfg, path)
   readers = {"text": _text, "npz": _npz, "zarr": _zarr}
   if kind not in readers or not colon:
     raise InputError(
@@ -164,6 +172,9 @@ def batch(
     raise ValueError(f"no batch of a split with num_rows={split.num_rows}")
   start = int(step) * batch_size
   row = np.arange(start, start + batch_size)[own]
+  if split.endless:
+    first = seed * _PER_SEED % split.num_rows
+    return split.read((first + row) % split.num_rows)
   epoch, position = row // split.num_rows, row % split.num_rows
   parts = [
     permutation(seed, e, split.num_rows)[position[epoch == e]]
@@ -309,6 +320,33 @@ def _scenes(cfg: config_lib.Data) -> Dataset:
   return Dataset(
     rows_from(0, train), rows_from(train, held_out), "views", description
   )
+
+
+def _points(cfg: config_lib.Data, dim: str) -> Dataset:
+  if cfg.source == "checkerboard":
+    std, size, draw = points.CHECKERBOARD_STD, 2, points.checkerboard
+  elif dim in ("1", "2"):
+    mixture = mixtures.two_modes() if dim == "1" else mixtures.gmm2()
+    std, size = mixture.std, int(dim)
+    draw = functools.partial(points.mixture, mixture)
+  else:
+    raise InputError(f"data.source={cfg.source!r}: wants mixture:1 or 2")
+
+  def rows_from(first: int) -> Split:
+    read = lambda rows: {"point": draw(first + rows)}
+    return Split(points.NUM_ROWS // 2, read, endless=True)
+
+  train, held_out = rows_from(0), rows_from(points.NUM_ROWS // 2)
+  description = {
+    "kind": "points",
+    "source": cfg.source,
+    "shape": [size],
+    "std": float(f"{std:.6g}"),
+    "num_classes": 0,
+    "train": {"rows": train.num_rows},
+    "held_out": {"rows": held_out.num_rows},
+  }
+  return Dataset(train, held_out, "points", description)
 
 
 def _text(cfg: config_lib.Data, path: pathlib.Path) -> Dataset:

@@ -24,6 +24,12 @@ class Mixture(NamedTuple):
     return float(np.sqrt(second.mean()))
 
 
+def two_modes() -> Mixture:
+  """Two components on a line, unequal in weight and width."""
+  w, mu, var = np.array([0.4, 0.6]), [[-1.0], [1.0]], [[0.04], [0.09]]
+  return Mixture(w, np.array(mu), np.array(var))
+
+
 def gmm2() -> Mixture:
   """Three components in the plane, std 1.05."""
   mu = [[1.5, 0.0], [-1.0, 1.0], [-0.5, -1.5]]

@@ -46,6 +46,7 @@ def make(cfg: config_lib.Config, task: tasks_lib.Task, mesh: Mesh) -> Placement:
   sizes = {"batch_size": cfg.batch_size}
   if cfg.second.start:
     sizes["second.batch_size"] = cfg.second.batch_size
+  sizes |= tasks_lib.flow_map_rows(cfg)
   for name, size in sizes.items():
     if not size % (rows * cfg.accumulate):
       continue

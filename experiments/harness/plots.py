@@ -1,4 +1,5 @@
-"""Pictures as PNG files: image grids and labelled curves (matplotlib)."""
+"""Pictures as PNG files: image grids, points and labelled curves
+(matplotlib)."""
 
 import math
 import pathlib
@@ -55,6 +56,25 @@ def image_grid(
   axes.set_title(title, fontsize=10)
   for spine in axes.spines.values():
     spine.set_visible(False)
+  figure.savefig(path, bbox_inches="tight")
+  pyplot.close(figure)
+
+
+def scatter(points: np.ndarray, path: pathlib.Path) -> None:
+  """Writes points [N, 2] as dots, or [N, 1] as a histogram.
+
+  Raises:
+    InputError: points of more dimensions.
+  """
+  pyplot = _pyplot()
+  if points.ndim != 2 or points.shape[1] > 2:
+    raise config_lib.InputError(f"cannot draw points {list(points.shape)}")
+  figure, axes = pyplot.subplots(figsize=(4, 4), dpi=110)
+  if points.shape[1] == 1:
+    axes.hist(points[:, 0], bins=100, density=True)
+  else:
+    axes.plot(*points.T, ".", ms=1)
+    axes.set_aspect("equal")
   figure.savefig(path, bbox_inches="tight")
   pyplot.close(figure)
 

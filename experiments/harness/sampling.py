@@ -3,10 +3,11 @@
 from collections.abc import Callable
 
 import jax
+import numpy as np
 
 from giantsteps.experiments.harness import tasks as tasks_lib
 from giantsteps.research import flow_maps
-from giantsteps.samplers.diffusion import grids, solvers, tables
+from giantsteps.samplers.diffusion import flow_map, grids, solvers, tables
 
 SOLVERS = ("ddim", "dpm_solver_pp", "unipc", "default")
 
@@ -47,3 +48,23 @@ def sampler(task: tasks_lib.Task, sigma_0: float) -> Callable:
     return tables.sample(predict, sigma_0 * x_T, table)
 
   return draw
+
+
+def map_sampler(task: tasks_lib.Task, sigma_0: float) -> Callable:
+  """Compiles draw(params, x_T, jumps, labels) -> rows [B, ...].
+
+  x_T is standard normal, noise of the map is sigma_0 x_T; `jumps` as made by
+  `uniform_jumps`, one call of the network each.
+  """
+
+  @jax.jit
+  def draw(params, x_T, jumps, labels=None):
+    velocity = lambda s, t, x: task.apply(params, s, t, x, labels)
+    return flow_map.sample(velocity, sigma_0 * x_T, jumps)
+
+  return draw
+
+
+def uniform_jumps(steps: int) -> flow_map.Jumps:
+  """`steps` jumps of equal length from noise to data."""
+  return flow_map.jumps(np.linspace(0, 1, steps + 1))

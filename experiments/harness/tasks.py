@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from giantsteps.experiments.harness import config as config_lib
-from giantsteps.experiments.harness import data
+from giantsteps.experiments.harness import data, map_losses
 from giantsteps.models import (
   dit,
   lact,
@@ -46,6 +46,8 @@ class Task(NamedTuple):
     apply: (params, ...) -> the network's output, as the samplers want it:
       velocity(params, s, t, x) of a flow, the `Bound` model of tokens, the
       images (params, rays, image, known) of a scene.
+    at_step: (arrays, step [] int32) -> arrays, for what changes in the course
+      of a run; None: nothing does.
   """
 
   init: Callable
@@ -53,6 +55,7 @@ class Task(NamedTuple):
   loss: Callable
   evaluate: Callable
   apply: Callable
+  at_step: Callable | None = None
 
 
 def build(cfg: config_lib.Config, description: dict) -> Task:
@@ -70,15 +73,21 @@ def build(cfg: config_lib.Config, description: dict) -> Task:
       "plain_mlp, dit, uvit or unet; masked and autoregressive want "
       "transformer or lact; views wants lact_views"
     )
+  kind = description["kind"]
   wanted = {"flow": "image", "views": "views"}.get(cfg.task, "tokens")
-  if description["kind"] != wanted:
+  if cfg.task == "flow" and isinstance(
+    cfg.model, (mlp.Config, plain_mlp.Config)
+  ):
+    wanted = "points" if kind == "points" else wanted  # they flatten anything
+  if kind != wanted:
     raise config_lib.InputError(
-      f"data.source={cfg.data.source!r} holds {description['kind']} rows, "
-      f"task={cfg.task!r} wants {wanted} rows"
+      f"data.source={cfg.data.source!r} holds {kind} rows, task={cfg.task!r} "
+      f"with this model wants {wanted} rows"
     )
   match cfg.task:
     case "flow":
-      return flow(cfg, description)
+      mapped = cfg.flow_map.loss != "none"
+      return (flow_map if mapped else flow)(cfg, description)
     case "masked":
       return blocks(cfg) if cfg.block_size else masked(cfg)
     case "views":
@@ -140,6 +149,12 @@ def _transform(cfg: config_lib.Config) -> optax.GradientTransformation:
         weight_decay=o.weight_decay,
         mask=large_batch.matrices,
       )
+    case "radam":
+      return optax.chain(
+        optax.scale_by_radam(o.b1, o.b2, o.eps),
+        optax.add_decayed_weights(o.weight_decay, large_batch.matrices),
+        optax.scale_by_learning_rate(rate),
+      )
     case "lars":
       return large_batch.lars(
         rate,
@@ -184,6 +199,8 @@ def _rise_and(o: config_lib.Optim, peak: float, steps: int, warmup: int):
       tail = optax.constant_schedule(peak)
     case "cosine":
       tail = optax.cosine_decay_schedule(peak, rest, o.end_factor)
+    case "inverse_sqrt":
+      tail = lambda t: peak / jnp.sqrt(jnp.maximum(t / o.hold, 1.0))
     case _:
       tail = optax.linear_schedule(peak, peak * o.end_factor, rest)
   # step t (from 0) of w warm-up steps has (t + 1)/w of the peak: never zero
@@ -218,8 +235,158 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
   The base has the standard deviation sigma_0 of the data, so the network
   sees unit variance at both ends: velocity = sigma_0 net(x / sigma_0, t).
   """
-  path, sigma_0 = flow_maps.linear(), description["std"]
-  shape, classes = tuple(description["shape"]), cfg.model.num_classes
+  path, sigma_0 = flow_maps.linear(), base_std(cfg, description)
+  classes = cfg.model.num_classes
+  init, apply = _velocity(cfg, description)
+
+  def corrupt(batch, key):
+    x1 = _clean(batch)
+    noise, time = jax.random.split(key)
+    rows = x1.shape[0]
+    # stratified: every batch covers [0, 1) evenly
+    t = (jnp.arange(rows) + jax.random.uniform(time, (rows,))) / rows
+    x0 = sigma_0 * jax.random.normal(noise, x1.shape)
+    labels = {"label": batch["label"]} if classes else {}
+    return {"x0": x0, "x1": x1, "t": t, **labels, **_dropout(cfg, key, rows)}
+
+  def loss(params, arrays):
+    velocity = _with_dropout(apply, params, arrays)
+    losses = flow_maps.flow_matching_loss(
+      velocity, arrays["x0"], arrays["x1"], arrays["t"], path
+    )
+    return jnp.mean(losses) / arrays["x1"][0].size
+
+  def evaluate(params, batch, key):
+    arrays = corrupt(batch, key)
+    arrays.pop("dropout", None)
+    return {"held_out_loss": loss(params, arrays)}
+
+  return Task(init, corrupt, loss, evaluate, apply)
+
+
+def flow_map(cfg: config_lib.Config, description: dict) -> Task:
+  """A velocity on the diagonal and jumps off it (research/flow_maps).
+
+  Every batch is split once, before micro-batches and devices: the loss is the
+  sum of both parts over the batch, squared norms summed over coordinates (of
+  `flow` they are averaged). Dropout acts on the diagonal only. A learned weight
+  is one more leaf of the parameters.
+  """
+  wants, sigma_0 = cfg.flow_map, base_std(cfg, description)
+  path, classes = interpolant(cfg), cfg.model.num_classes
+  init_network, apply = _velocity(cfg, description)
+
+  def init(key):
+    params = init_network(key)
+    if wants.weight == "learned":
+      key = jax.random.fold_in(key, 1)
+      params = {**params, "log_weight": flow_maps.weights.init(key)}
+    return params
+
+  def corrupt(batch, key):
+    x1 = _clean(batch)
+    rows = x1.shape[0]
+    noise, time, middle, drop = jax.random.split(key, 4)
+    arrays = {"x0": sigma_0 * jax.random.normal(noise, x1.shape), "x1": x1}
+    if classes:
+      arrays["label"] = batch["label"]
+    s, t = map_losses.draw_times(wants, time, rows)
+    count = flow_maps.times.diagonal_count(rows, wants.diagonal)
+    diagonal, jumps = map_losses.split(arrays, count)
+    diagonal |= {"t": t[:count], **_dropout(cfg, drop, count)}
+    s, t = s[count:], t[count:]
+    r = jax.random.uniform(middle, s.shape)
+    return {"diagonal": diagonal, "jumps": {**jumps, "s": s, "t": t, "r": r}}
+
+  def at_step(arrays, step):
+    jumps = arrays["jumps"]
+    progress = (step + 1) / (wants.anneal * cfg.steps)
+    s = flow_maps.times.annealed(jumps["s"], jumps["t"], progress)
+    return arrays | {"jumps": jumps | {"s": s}}
+
+  def diagonal_losses(params, arrays):
+    velocity = _with_dropout(apply, params, arrays)
+    return flow_maps.flow_matching_loss(
+      velocity, arrays["x0"], arrays["x1"], arrays["t"], path
+    )
+
+  def jump_losses(params, arrays):
+    velocity = lambda s, t, x: apply(params, s, t, x, arrays.get("label"))
+    return map_losses.jumps(
+      wants.loss,
+      velocity,
+      *(arrays[k] for k in ("x0", "x1", "s", "t", "r")),
+      path,
+    )
+
+  def loss(params, arrays):
+    diagonal, jumps = arrays["diagonal"], arrays["jumps"]
+    losses = jump_losses(params, jumps)
+    s, t = jumps["s"], jumps["t"]
+    if wants.diagonal:
+      losses = jnp.concatenate([diagonal_losses(params, diagonal), losses])
+      s, t = (jnp.concatenate([diagonal["t"], x]) for x in (s, t))
+    match wants.weight:
+      case "adaptive":
+        losses = flow_maps.weights.adaptive(losses)
+      case "learned":
+        w = flow_maps.weights.log_weight(params["log_weight"], s, t)
+        losses = flow_maps.weights.learned(losses, w)
+    return jnp.mean(losses)
+
+  def evaluate(params, batch, key):
+    # unweighted, per coordinate, every row once of either kind
+    x1 = _clean(batch)
+    rows, size = x1.shape[0], x1[0].size
+    arrays = {"x0": sigma_0 * jax.random.normal(key, x1.shape), "x1": x1}
+    if classes:
+      arrays["label"] = batch["label"]
+    key = jax.random.fold_in(key, 1)
+    even = (jnp.arange(rows) + jax.random.uniform(key, (rows,))) / rows
+    s, t = flow_maps.times.triangle(key, rows, diagonal=0.0)
+    r = jax.random.uniform(jax.random.fold_in(key, 1), (rows,))
+    jumps = jump_losses(params, {**arrays, "s": s, "t": t, "r": r})
+    diagonal = diagonal_losses(params, {**arrays, "t": even})
+    return {
+      "held_out_loss": jnp.mean(diagonal) / size,
+      "held_out_jump_loss": jnp.mean(jumps) / size,
+    }
+
+  at_step = at_step if wants.anneal else None
+  return Task(init, corrupt, loss, evaluate, apply, at_step)
+
+
+def base_std(cfg: config_lib.Config, description: dict) -> float:
+  """sigma_0, the standard deviation of the noise that a flow starts from."""
+  return cfg.flow_map.sigma_0 or description["std"]
+
+
+def interpolant(cfg: config_lib.Config) -> flow_maps.Interpolant:
+  """The path of a flow, clock rising."""
+  if cfg.flow_map.interpolant == "linear":
+    return flow_maps.linear()
+  return flow_maps.trigonometric()
+
+
+def flow_map_rows(cfg: config_lib.Config) -> dict[str, int]:
+  """Rows on the diagonal and rows that jump, named for a message; {} where
+  no map is learned."""
+  wants = cfg.flow_map
+  if wants.loss == "none":
+    return {}
+  count = flow_maps.times.diagonal_count(cfg.batch_size, wants.diagonal)
+  of = f"of batch_size={cfg.batch_size}, flow_map.diagonal={wants.diagonal}"
+  return {
+    f"{of}, the diagonal's share": count,
+    f"{of}, the jumps' share": cfg.batch_size - count,
+  }
+
+
+def _velocity(cfg: config_lib.Config, description: dict):
+  """init and apply of sigma_0 net(x / sigma_0, s, t): the network sees unit
+  variance at both ends."""
+  sigma_0, shape = base_std(cfg, description), tuple(description["shape"])
+  classes = cfg.model.num_classes
   if classes and classes != description["num_classes"]:
     raise config_lib.InputError(
       f"model.num_classes={classes}: {cfg.data.source!r} has "
@@ -233,43 +400,33 @@ def flow(cfg: config_lib.Config, description: dict) -> Task:
   def apply(params, s, t, x, labels=None, dropout=None):
     s = s if cfg.model.two_times else None  # None is the diagonal s = t
     rngs = {} if dropout is None else {"dropout": dropout}
+    params = {k: v for k, v in params.items() if k != "log_weight"}
     variables = {"params": params}
     return sigma_0 * network.apply(
       variables, x / sigma_0, t, s, labels, rngs=rngs
     )
 
-  def corrupt(batch, key):
-    x1 = batch["image"]
-    noise, time = jax.random.split(key)
-    rows = x1.shape[0]
-    # stratified: every batch covers [0, 1) evenly
-    t = (jnp.arange(rows) + jax.random.uniform(time, (rows,))) / rows
-    x0 = sigma_0 * jax.random.normal(noise, x1.shape)
-    labels = {"label": batch["label"]} if classes else {}
-    keys = {}
-    if getattr(cfg.model, "dropout", 0.0):  # one per row: rows are divided
-      key = jax.random.fold_in(key, 2)
-      keys = {"dropout": jax.random.key_data(jax.random.split(key, rows))}
-    return {"x0": x0, "x1": x1, "t": t, **labels, **keys}
+  return init, apply
 
-  def loss(params, arrays):
-    dropout = None
-    if "dropout" in arrays:
-      dropout = jax.random.wrap_key_data(arrays["dropout"][0])
-    velocity = lambda s, t, x: apply(
-      params, s, t, x, arrays.get("label"), dropout
-    )
-    losses = flow_maps.flow_matching_loss(
-      velocity, arrays["x0"], arrays["x1"], arrays["t"], path
-    )
-    return jnp.mean(losses) / arrays["x1"][0].size
 
-  def evaluate(params, batch, key):
-    arrays = corrupt(batch, key)
-    arrays.pop("dropout", None)
-    return {"held_out_loss": loss(params, arrays)}
+def _clean(batch: dict) -> jax.Array:
+  return batch["point"] if "point" in batch else batch["image"]
 
-  return Task(init, corrupt, loss, evaluate, apply)
+
+def _dropout(cfg: config_lib.Config, key: jax.Array, rows: int) -> dict:
+  """One key per row, since rows are divided; {} for networks without it."""
+  if not getattr(cfg.model, "dropout", 0.0):
+    return {}
+  key = jax.random.fold_in(key, 2)
+  return {"dropout": jax.random.key_data(jax.random.split(key, rows))}
+
+
+def _with_dropout(apply: Callable, params: Any, arrays: dict) -> Callable:
+  """velocity(s, t, x) in training, or in evaluation if no key is there."""
+  dropout = None
+  if "dropout" in arrays:
+    dropout = jax.random.wrap_key_data(arrays["dropout"][0])
+  return lambda s, t, x: apply(params, s, t, x, arrays.get("label"), dropout)
 
 
 def masked(cfg: config_lib.Config) -> Task:

@@ -92,6 +92,8 @@ def make_update(
   def step(state: State, batch: dict) -> tuple[State, dict]:
     key = jax.random.fold_in(root, state.step)
     arrays = task.corrupt(batch, key)
+    if task.at_step:
+      arrays = task.at_step(arrays, state.step)
     loss, grads = gradient(state.params, arrays)
     norm = optax.tree.norm(grads)
     if cfg.optim.clip_norm:
