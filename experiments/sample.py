@@ -79,7 +79,7 @@ def main() -> int:
   folder = workdir / "samples"
   folder.mkdir(exist_ok=True)
   stem = folder / f"{solver}_{_STEPS.value if mapped else _NFE.value}"
-  np.savez(stem.with_suffix(".npz"), **{kind: rows})
+  np.savez(stem.with_suffix(".npz"), allow_pickle=False, **{kind: rows})
   show = plots.image_grid if kind == "image" else plots.scatter
   show(rows, stem.with_suffix(".png"))
   row = {

@@ -13,6 +13,7 @@ from giantsteps.experiments.harness import by_index, evaluation
 
 SQUARES = 4
 CELLS = 16
+STD = 1 / np.sqrt(3)  # of both coordinates, which are uniform in [-1, 1]
 EPSILON = 1e-9  # added to the measured probability of a cell
 NUM_DIRECTIONS = 64
 # Evenly spaced angles, none of them along an axis.

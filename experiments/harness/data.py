@@ -22,8 +22,13 @@ from typing import Any, Literal
 import numpy as np
 import tensorstore
 
+from giantsteps.experiments.harness import (
+  checkerboard,
+  mixtures,
+  points,
+  shapes,
+)
 from giantsteps.experiments.harness import config as config_lib
-from giantsteps.experiments.harness import mixtures, points, shapes
 from giantsteps.research.test_time_training import (
   associative_recall,
   novel_views,
@@ -37,6 +42,7 @@ SOURCES = (
   *("checkerboard", "mixture:D"),
   *("npz:PATH", "text:PATH", "zarr:PATH"),
 )
+_ENDLESS = 2**60  # rows of points, both splits together
 _PER_SEED = 2**36  # endless rows between the first ones of two seeds
 NUM_SCENES = 2**16  # of the source "scenes", both splits together
 NUM_SHAPES = 2**20  # of the source "shapes32", likewise
@@ -324,19 +330,23 @@ def _scenes(cfg: config_lib.Data) -> Dataset:
 
 def _points(cfg: config_lib.Data, dim: str) -> Dataset:
   if cfg.source == "checkerboard":
-    std, size, draw = points.CHECKERBOARD_STD, 2, points.checkerboard
+    std, size, draw = (
+      checkerboard.STD,
+      2,
+      functools.partial(checkerboard.sample, 0),
+    )
   elif dim in ("1", "2"):
     mixture = mixtures.two_modes() if dim == "1" else mixtures.gmm2()
     std, size = mixture.std, int(dim)
-    draw = functools.partial(points.mixture, mixture)
+    draw = functools.partial(points.mixture, mixture, 0)
   else:
     raise InputError(f"data.source={cfg.source!r}: wants mixture:1 or 2")
 
   def rows_from(first: int) -> Split:
     read = lambda rows: {"point": draw(first + rows)}
-    return Split(points.NUM_ROWS // 2, read, endless=True)
+    return Split(_ENDLESS // 2, read, endless=True)
 
-  train, held_out = rows_from(0), rows_from(points.NUM_ROWS // 2)
+  train, held_out = rows_from(0), rows_from(_ENDLESS // 2)
   description = {
     "kind": "points",
     "source": cfg.source,

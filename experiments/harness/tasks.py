@@ -312,12 +312,8 @@ def flow_map(cfg: config_lib.Config, description: dict) -> Task:
 
   def jump_losses(params, arrays):
     velocity = lambda s, t, x: apply(params, s, t, x, arrays.get("label"))
-    return map_losses.jumps(
-      wants.loss,
-      velocity,
-      *(arrays[k] for k in ("x0", "x1", "s", "t", "r")),
-      path,
-    )
+    x0, x1, s, t, r = (arrays[k] for k in ("x0", "x1", "s", "t", "r"))
+    return map_losses.jumps(wants.loss, velocity, x0, x1, s, t, r, path)
 
   def loss(params, arrays):
     diagonal, jumps = arrays["diagonal"], arrays["jumps"]
@@ -352,8 +348,8 @@ def flow_map(cfg: config_lib.Config, description: dict) -> Task:
       "held_out_jump_loss": jnp.mean(jumps) / size,
     }
 
-  at_step = at_step if wants.anneal else None
-  return Task(init, corrupt, loss, evaluate, apply, at_step)
+  changed = at_step if wants.anneal else None
+  return Task(init, corrupt, loss, evaluate, apply, changed)
 
 
 def base_std(cfg: config_lib.Config, description: dict) -> float:

@@ -26,16 +26,16 @@ COPY_REGISTERS = 24  # of the warpgroup that copies; see fast_weight/gpu.py
 _NUMBERS = len(Partial._fields)
 
 
-def fits(hidden: jax.Array, head: jax.Array, transposed: bool) -> bool:
-  """Whether the kernel computes this call: 16-bit numbers, D a multiple of 64
-  and rows of the head in whole 16 bytes."""
-  columns, depth = head.shape if transposed else head.shape[::-1]
+def fits(hidden: jax.Array, head: jax.Array) -> bool:
+  """Whether the kernel computes this call: 16-bit numbers, a head [D, V], D a
+  multiple of 64 and V of 8, so that rows are whole 16 bytes."""
+  depth, columns = head.shape
   return (
     hidden.dtype in (jnp.bfloat16, jnp.float16)
     and hidden.shape[0] > 0
     and depth % 64 == 0
     and columns >= COLUMNS
-    and (transposed or columns % 8 == 0)
+    and columns % 8 == 0
   )
 
 
@@ -47,7 +47,6 @@ def partial(
   seeds: jax.Array | None,
   offset: jax.Array | None = None,
   *,
-  transposed: bool = False,
   depth: int = 64,
   stages: int = 4,
   interpret: Any = None,
@@ -56,15 +55,14 @@ def partial(
 
   Args:
     hidden: [T, D] bfloat16 or float16.
-    head: [D, V], or [V, D] if transposed; another dtype is converted first.
+    head: [D, V]; another dtype is converted first.
     bias, temperature, seeds, offset: as of `reference.partial`.
-    transposed: the head is [V, D].
     depth: of D per step, 64.
     stages: steps in shared memory at once; 512 depth bytes each.
     interpret: runs on a CPU, slowly; for tests.
   """
   total, size = hidden.shape
-  vocabulary = head.shape[0 if transposed else 1]
+  vocabulary = head.shape[1]
   head = head.astype(hidden.dtype)
   blocks, tiles = pl.cdiv(total, BLOCK), pl.cdiv(vocabulary, COLUMNS)
   fill = lambda x: jnp.pad(
@@ -75,6 +73,9 @@ def partial(
     operands.append(bias.astype(jnp.float32))
   if temperature is not None:
     assert seeds is not None
+    if offset is not None:  # the kernel counts columns from 0
+      ahead = jnp.asarray(offset).astype(jnp.uint32) * noise.STEP
+      seeds = seeds.at[:, 0].add(ahead)
     streams = lax.bitcast_convert_type(fill(seeds), jnp.int32)
     operands += [fill(temperature.astype(jnp.float32)), streams.T]
   lay = lambda width: (
@@ -84,14 +85,9 @@ def partial(
   token_spec = plgpu.BlockSpec(
     (BLOCK, depth), lambda step: (0, step), transforms=lay(depth)
   )
-  if transposed:
-    head_spec = plgpu.BlockSpec(
-      (COLUMNS, depth), lambda step: (0, step), transforms=lay(depth)
-    )
-  else:
-    head_spec = plgpu.BlockSpec(
-      (depth, COLUMNS), lambda step: (step, 0), transforms=lay(depth)
-    )
+  head_spec = plgpu.BlockSpec(
+    (depth, COLUMNS), lambda step: (step, 0), transforms=lay(depth)
+  )
 
   def body(*refs):
     token_ref, head_ref, *refs, out_ref = refs
@@ -105,14 +101,12 @@ def partial(
     def scope(staged, biases, rates, seeds, arrived):
       def multiply(_, tokens, columns, accumulator):
         rows = pl.ds(group * ROWS, ROWS)
-        if transposed:
-          columns = plgpu.transpose_ref(columns, (1, 0))
         plgpu.wgmma(accumulator, tokens.at[rows], columns)
         plgpu.wgmma_wait(0)
         return accumulator
 
       def compute(pipeline):
-        if biases is not None:
+        if bias_ref is not None:
           plgpu.copy_gmem_to_smem(
             bias_ref.at[pl.ds(first, COLUMNS)],
             biases.at[group],
@@ -195,9 +189,7 @@ def partial(
         compute_context=compute,
       )(
         token_ref.at[pl.ds(block * BLOCK, BLOCK)],
-        head_ref.at[pl.ds(first, COLUMNS)]
-        if transposed
-        else head_ref.at[:, pl.ds(first, COLUMNS)],
+        head_ref.at[:, pl.ds(first, COLUMNS)],
       )
 
     copies = (bias is not None) + 3 * (temperature is not None)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+STEP = np.uint32(0x9E3779B9)  # from one token to the next, in a stream
 _TOP = np.float32(1 - 2**-24)  # the largest float32 below 1
 
 
@@ -43,7 +44,7 @@ def uniform(bits: jax.Array) -> jax.Array:
 
 def hash_bits(a: jax.Array, b: jax.Array, token: jax.Array) -> jax.Array:
   """32 bits of (a, b, token), all uint32: murmur3's finaliser, twice."""
-  x = token.astype(jnp.uint32) * np.uint32(0x9E3779B9) + a
+  x = token.astype(jnp.uint32) * STEP + a
   return _mix(_mix(x) ^ b)
 
 

@@ -76,9 +76,8 @@ def unmask_stats(
   pays = hidden.dtype == jnp.bfloat16 and size >= _SMALLEST
   pays &= not dispatch.divided()
   kernel = functools.partial(tpu.partial, transposed=transposed)
-  on_gpu = None
-  if implementation and gpu.fits(hidden, head, transposed):
-    on_gpu = functools.partial(gpu.partial, transposed=transposed)
+  asked = implementation is not None and not transposed
+  on_gpu = gpu.partial if asked and gpu.fits(hidden, head) else None
   found = dispatch.call(
     hidden,
     head,

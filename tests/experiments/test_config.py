@@ -186,7 +186,7 @@ def test_json_names_the_model():
     (lambda d: d["optim"].pop("b1"), ["optim.b1", "missing"]),
     (lambda d: d["optim"].update(beta=1), ["optim.beta", "b1"]),
     (lambda d: d["model"].pop("kind"), ["model", "kind"]),
-    (lambda d: d["model"].update(kind="unet"), ["unet", "mlp"]),
+    (lambda d: d["model"].update(kind="resnet"), ["resnet", "mlp"]),
     (lambda d: d["model"].update(kind="layers"), ["layers", "no such model"]),
     (lambda d: d["model"].update(kind=3), ["3", "mlp"]),
     (lambda d: d.update(model=3), ["model", "object"]),
