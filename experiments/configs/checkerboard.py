@@ -1,6 +1,6 @@
 """A flow map of the checkerboard, the plane's problem of the flow-map papers:
 their network and optimizer, a smaller batch and 2,500 steps instead of 250,000
-(arXiv:2505.18825); some minutes on two CPU cores."""
+(arXiv:2505.18825)."""
 
 from giantsteps.experiments.harness import config
 from giantsteps.models import plain_mlp
