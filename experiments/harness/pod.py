@@ -224,6 +224,7 @@ def _per_step(c: collectives.Collective) -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
+  """The first 250 characters of its message, without line breaks."""
   return " ".join(str(error).split())[:250]
 
 
